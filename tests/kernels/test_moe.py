@@ -1,0 +1,181 @@
+"""Every implementation of `moe` against a NumPy loop, on one table of cases."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import moe, moe_choice
+from kernels_pallas.moe import IMPLEMENTATIONS
+from kernels_pallas.moe.xla_blocks import block_rows, plan_blocks
+
+from .moe_cases import CASES, Case, operands, oracle
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1.5e-2}
+SEED = 7
+NAMES = [*IMPLEMENTATIONS, None]
+run = jax.jit(moe, static_argnames="implementation")
+plan_for = jax.jit(plan_blocks, static_argnums=(1, 2))
+
+
+@pytest.fixture(params=NAMES, ids=str)
+def implementation(request: pytest.FixtureRequest) -> str | None:
+    return request.param
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_loop(case: Case, implementation: str | None) -> None:
+    arguments = operands(case, SEED)
+    expected = oracle(*arguments)
+    got = run(*arguments, implementation=implementation)
+    assert got.shape == expected.shape
+    assert got.dtype == jnp.dtype(case.dtype)
+    scale = max(1.0, np.abs(expected).max())
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64) / scale, expected / scale, atol=TOLERANCE[case.dtype], rtol=0,
+        err_msg=f"seed {SEED}")
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_bad_row_stays_in_its_row(poison: float, implementation: str | None) -> None:
+    case = Case(name="poisoned", rows=37, slots=3)
+    x, *rest = operands(case, SEED)
+    clean = np.asarray(run(x, *rest, implementation=implementation))
+    got = np.asarray(run(x.at[5].set(poison), *rest, implementation=implementation))
+    assert np.isnan(got[5]).any()
+    others = np.arange(case.rows) != 5
+    np.testing.assert_array_equal(got[others], clean[others])
+
+
+def test_a_bad_router_weight_stays_in_its_row(implementation: str | None) -> None:
+    case = Case(name="poisoned", rows=37, slots=3)
+    x, ids, weights, *matrices = operands(case, SEED)
+    clean = np.asarray(run(x, ids, weights, *matrices, implementation=implementation))
+    got = np.asarray(run(x, ids, weights.at[5, 1].set(np.nan), *matrices, implementation=implementation))
+    assert np.isnan(got[5]).all()
+    np.testing.assert_array_equal(np.delete(got, 5, axis=0), np.delete(clean, 5, axis=0))
+
+
+def test_an_expert_that_no_row_chose_is_not_seen(implementation: str | None) -> None:
+    case = Case(name="poisoned", rows=40, slots=2, routing="first_two")
+    x, ids, weights, gate, up, down = operands(case, SEED)
+    clean = run(x, ids, weights, gate, up, down, implementation=implementation)
+    got = run(x, ids, weights, gate.at[3].set(np.inf), up.at[3].set(np.inf), down, implementation=implementation)
+    np.testing.assert_array_equal(got, clean)
+
+
+def test_gradients_are_the_loops_slopes(implementation: str | None) -> None:
+    case = Case(name="gradient", rows=9, slots=3, experts=4, width=5, model=6)
+    x, ids, weights, *matrices = operands(case, SEED)
+    rng = np.random.default_rng(SEED)
+    cotangent = rng.normal(size=x.shape)
+    variables = (x, weights, *matrices)
+
+    def loss(*variables: jax.Array) -> jax.Array:
+        x, weights, *matrices = variables
+        return jnp.sum(moe(x, ids, weights, *matrices, implementation=implementation) * cotangent)
+
+    gradients = jax.jit(jax.grad(loss, argnums=tuple(range(5))))(*variables)
+    for index, gradient in enumerate(gradients):
+        direction = rng.normal(size=gradient.shape)
+        ends = []
+        for sign in (1, -1):
+            moved = [np.asarray(v, np.float64) for v in variables]
+            moved[index] = moved[index] + sign * 1e-5 * direction
+            ends.append(np.sum(oracle(moved[0], ids, *moved[1:]) * cotangent))
+        slope = (ends[0] - ends[1]) / 2e-5
+        assert abs(np.sum(np.asarray(gradient, np.float64) * direction) - slope) < 1e-4 * max(1, abs(slope)), index
+
+
+def test_the_choice_can_be_asked() -> None:
+    arguments = operands(Case(name="asked", rows=8, slots=2), SEED)
+    shapes = jax.eval_shape(lambda *a: a, *arguments)
+    assert moe_choice(*shapes, platform="cpu") == "xla_blocks"
+    assert moe_choice(*shapes, platform="gpu") == "xla_dense"
+    assert moe_choice(*shapes, platform="tpu") == "xla_dense"
+    assert moe_choice(*shapes, implementation="reference", platform="cpu") == "reference"
+    assert moe_choice(*arguments) in IMPLEMENTATIONS
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, ids, weights, gate, up, down = operands(Case(name="refused", rows=8, slots=2), SEED)
+    with pytest.raises(ValueError, match=r"'mosaic'; moe has 'reference', 'xla_blocks', 'xla_dense'"):
+        moe(x, ids, weights, gate, up, down, implementation="mosaic")
+    with pytest.raises(ValueError, match="fold batch axes"):
+        moe(x[None], ids, weights, gate, up, down)
+    with pytest.raises(ValueError, match=r"down: got shape \(6, 12, 20\).*must be \(6, 20, 12\)"):
+        moe(x, ids, weights, gate, up, down.swapaxes(1, 2))
+    with pytest.raises(ValueError, match="weights: got shape"):
+        moe(x, ids, weights[:, :1], gate, up, down)
+    with pytest.raises(ValueError, match="expert_ids: got dtype float32"):
+        moe(x, weights, weights, gate, up, down)
+    with pytest.raises(ValueError, match="one dtype"):
+        moe(x.astype(jnp.bfloat16), ids, weights, gate, up, down)
+    with pytest.raises(ValueError, match="at least 1"):
+        moe(x[:0], ids[:0], weights[:0], gate, up, down)
+
+
+def test_the_plan_holds_every_routed_row_once() -> None:
+    rng = np.random.default_rng(SEED)
+    for rows, slots, experts, block in ((37, 3, 6, 8), (1, 1, 40, 8), (64, 2, 4, 16), (5, 4, 4, 32)):
+        ids = rng.integers(-1, experts + 1, (rows, slots))
+        plan = jax.tree.map(np.asarray, plan_for(jnp.asarray(ids, jnp.int32), experts, block))
+        inside = (ids >= 0) & (ids < experts)
+        places = plan.place[inside]
+        assert len(set(places)) == inside.sum()
+        assert (plan.place[~inside] == len(plan.source_row)).all()
+        np.testing.assert_array_equal(plan.source_row[places], np.nonzero(inside)[0])
+        np.testing.assert_array_equal(plan.block_expert[places // block], ids[inside])
+        assert plan.num_blocks == sum(-(-np.sum(ids == e) // block) for e in range(experts))
+        assert plan.num_blocks * block <= len(plan.source_row)
+
+
+def test_the_plan_has_room_for_the_worst_routing() -> None:
+    for rows, slots, experts, block in ((24, 1, 3, 8), (9, 2, 6, 8), (1, 2, 2, 8), (33, 1, 4, 16)):
+        for ids in (np.arange(rows * slots) % experts, np.minimum(np.arange(rows * slots), experts - 1)):
+            plan = plan_for(jnp.asarray(ids.reshape(rows, slots), jnp.int32), experts, block)
+            assert int(plan.num_blocks) <= len(plan.block_expert)
+            assert int(plan.place.max()) < len(plan.source_row)
+
+
+def test_a_block_is_about_what_an_expert_gets() -> None:
+    assert block_rows(96 * 4, 16) == 32
+    assert block_rows(512 * 4, 16) == 128
+    assert block_rows(1, 64) == 8
+    assert block_rows(10**6, 4) == 128
+
+
+_SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from kernels_pallas import moe
+from tests.kernels.moe_cases import Case, operands, oracle
+mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+case = Case(name="sharded", rows=16, slots=2, experts=8, width=8, model=16)
+arguments = operands(case, 7)
+for specs in ((P("data"), P("data"), P("data"), P(None, "tensor"), P(None, "tensor"), P(None, None, "tensor")),
+              (P("data"), P("data"), P("data"), P("tensor"), P("tensor"), P("tensor"))):
+    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arguments, specs)]
+    for name in ("reference", "xla_blocks", "xla_dense"):
+        got = jax.jit(moe, static_argnames="implementation")(*placed, implementation=name)
+        expected = oracle(*arguments)
+        assert np.abs(np.asarray(got) - expected).max() < 2e-6 * np.abs(expected).max(), (name, specs)
+print("sharded ok", jax.device_count())
+"""
+
+
+def test_under_jit_on_eight_devices() -> None:
+    """In a process of its own: the number of devices is fixed before JAX starts."""
+    script = f"import jax; jax.config.update('jax_num_cpu_devices', 8)\n{_SHARDED}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False,
+        cwd=pathlib.Path(__file__).parents[2], env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr
+    assert "sharded ok 8" in done.stdout
