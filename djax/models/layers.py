@@ -1,0 +1,72 @@
+"""What the architectures share: RMSNorm, rotary positions and the attention core."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
+    """Precision for contractions of `dtype`: float32 means float32 (accelerators default to fewer bits)."""
+    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def contract(
+    subscripts: str, left: Array, right: Array, *, dtype: jax.typing.DTypeLike | None = None
+) -> Array:
+    """`einsum` of two operands accumulated in float32; the result has `dtype`, or left's if None."""
+    precision = matmul_precision(jnp.result_type(left, right))
+    result = jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=jnp.float32)
+    return result.astype(left.dtype if dtype is None else dtype)
+
+
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], *, eps: float) -> Float[Array, "... D"]:
+    """Root mean square norm (arXiv 1910.07467): the variance in float32, the weight applied in x's dtype."""
+    wide = x.astype(jnp.float32)
+    variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return weight * (wide * lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def rotary_angles(
+    positions: Int[Array, "B W"], *, head_dim: int, theta: float
+) -> tuple[Float[Array, "B W K/2"], Float[Array, "B W K/2"]]:
+    """float32 cosines and sines of the rotary position embedding (arXiv 2104.09864)."""
+    # float32 throughout, as the checkpoints were trained: at far positions an ulp here is a visible angle
+    inverse_frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * inverse_frequency
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "B W H K"], cos: Float[Array, "B W K/2"], sin: Float[Array, "B W K/2"]
+) -> Float[Array, "B W H K"]:
+    """Rotate the pairs (x[i], x[i + K/2]), half-split as in Llama, in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    query: Float[Array, "B W H K"],
+    key: Float[Array, "B T G K"],
+    value: Float[Array, "B T G K"],
+    *,
+    key_mask: Bool[Array, "B T"],
+) -> Float[Array, "B W H K"]:
+    """Bidirectional attention with H / G query heads to each key/value head; scores and softmax in float32.
+
+    Keys outside `key_mask` get no weight at all; a row without any key attends to nothing and gives zeros.
+    """
+    batch, window, heads, width = query.shape
+    groups = key.shape[2]
+    grouped = query.reshape(batch, window, groups, heads // groups, width)
+    scores = contract("bwgrk,btgk->bgrwt", grouped, key, dtype=jnp.float32) * width**-0.5
+    attended = key_mask[:, None, None, None, :]
+    # a finite floor, then zero weights: -inf everywhere would be NaN, here and in the gradient
+    scores = jnp.where(attended, scores, jnp.finfo(jnp.float32).min)
+    weight = jnp.where(attended, jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True))), 0.0)
+    total = weight.sum(axis=-1, keepdims=True)
+    weight = (weight / jnp.where(total > 0, total, 1.0)).astype(value.dtype)
+    return contract("bgrwt,btgk->bwgrk", weight, value, dtype=query.dtype).reshape(query.shape)

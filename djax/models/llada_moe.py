@@ -1,0 +1,172 @@
+"""LLaDA-MoE: a bidirectional transformer with a mixture of experts in every layer.
+
+Parameters have the checkpoint's own order (rows are outputs), one array per layer: a stack of layers would
+be copied expert by expert before it is used. Letters: B batch, T canvas, W window, V vocabulary, D model,
+H heads, G key/value heads, K head width, E experts, F expert width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from djax.cache import KVCache, LayerCache
+from djax.config import LladaMoeConfig
+from djax.models.layers import attend, contract, rms_norm, rotary_angles, rotate
+from djax.models.moe import MixtureOfExperts
+from djax.models.parameters import normal, ones
+
+
+class Attention(nnx.Module):
+    """Attention over the whole canvas, with an RMSNorm on every query and key head before the rotation."""
+
+    def __init__(self, config: LladaMoeConfig, *, rngs: nnx.Rngs) -> None:
+        model, width, dtype = config.hidden_size, config.head_dim, config.dtype
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        self.config = config
+        self.query = normal(rngs, (heads, width, model), axes=("heads", "head_dim", "embed"), dtype=dtype)
+        kv_shape, kv_axes = (kv_heads, width, model), ("kv_heads", "head_dim", "embed")
+        self.key = normal(rngs, kv_shape, axes=kv_axes, dtype=dtype)
+        self.value = normal(rngs, kv_shape, axes=kv_axes, dtype=dtype)
+        self.output = normal(rngs, (model, heads, width), axes=("embed", "heads", "head_dim"), dtype=dtype)
+        self.query_norm = ones((width,), axes=("head_dim",), dtype=dtype)
+        self.key_norm = ones((width,), axes=("head_dim",), dtype=dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B W D"],
+        *,
+        positions: Int[Array, "B W"],
+        key_mask: Bool[Array, "B T"],
+        window_start: Int[Array, ""],
+        write: Bool[Array, "B W"],
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
+        """The block's output, without the residual, and the cache after the window was written."""
+        cos, sin = rotary_angles(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+        eps = self.config.rms_norm_eps
+        query = rms_norm(contract("bwd,hkd->bwhk", x, self.query[...]), self.query_norm[...], eps=eps)
+        key = rms_norm(contract("bwd,gkd->bwgk", x, self.key[...]), self.key_norm[...], eps=eps)
+        value = contract("bwd,gkd->bwgk", x, self.value[...])
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if cache is not None:
+            cache = cache.write(key, value, window_start=window_start, write=write)
+            key, value = cache.key, cache.value
+        mixed = attend(query, key, value, key_mask=key_mask)
+        return contract("bwhk,dhk->bwd", mixed, self.output[...]), cache
+
+
+class Layer(nnx.Module):
+    """Attention, then experts, each behind a norm and added to the residual stream."""
+
+    def __init__(
+        self, config: LladaMoeConfig, *, rngs: nnx.Rngs, moe_implementation: str | None = None
+    ) -> None:
+        self.config = config
+        self.attention_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
+        self.attention = Attention(config, rngs=rngs)
+        self.moe_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
+        self.moe = MixtureOfExperts(config, rngs=rngs, moe_implementation=moe_implementation)
+
+    def __call__(
+        self,
+        x: Float[Array, "B W D"],
+        *,
+        positions: Int[Array, "B W"],
+        key_mask: Bool[Array, "B T"],
+        window_start: Int[Array, ""],
+        write: Bool[Array, "B W"],
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
+        """The residual stream after the layer, and the layer's cache."""
+        eps = self.config.rms_norm_eps
+        with jax.named_scope("attention"):
+            mixed, cache = self.attention(
+                rms_norm(x, self.attention_norm[...], eps=eps), positions=positions, key_mask=key_mask,
+                window_start=window_start, write=write, cache=cache)
+            x = x + mixed
+        with jax.named_scope("moe"):
+            x = x + self.moe(rms_norm(x, self.moe_norm[...], eps=eps))
+        return x, cache
+
+
+class LladaMoe(nnx.Module):
+    """LLaDA-MoE (arXiv 2509.24389): tokens to hidden states to position-aligned logits (no shift)."""
+
+    def __init__(
+        self, config: LladaMoeConfig, *, rngs: nnx.Rngs, moe_implementation: str | None = None
+    ) -> None:
+        """Random weights: normal with standard deviation 0.02, norms one.
+
+        `moe_implementation` names the experts' implementation (see `kernels_pallas.moe`); None picks it for
+        every call.
+        """
+        shape = (config.vocab_size, config.hidden_size)
+        self.config = config
+        self.embed = normal(rngs, shape, axes=("vocab", "embed"), dtype=config.dtype)
+        self.layers = nnx.List([
+            Layer(config, rngs=rngs, moe_implementation=moe_implementation)
+            for _ in range(config.num_layers)])
+        self.norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
+        self.head = normal(rngs, shape, axes=("vocab", "embed"), dtype=config.dtype)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `batch` canvases of `length` positions, in the weights' dtype."""
+        config = self.config
+        return KVCache.zeros(
+            num_layers=config.num_layers, batch=batch, length=length, num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim, dtype=self.embed[...].dtype)
+
+    def embed_tokens(self, tokens: Int[Array, "B W"]) -> Float[Array, "B W D"]:
+        """Input embeddings of tokens."""
+        with jax.named_scope("embed"):
+            return self.embed[...][tokens]
+
+    def __call__(
+        self,
+        inputs: Float[Array, "B W D"],
+        *,
+        positions: Int[Array, "B W"],
+        key_mask: Bool[Array, "B T"],
+        window_start: Int[Array, ""],
+        write: Bool[Array, "B W"],
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "B W D"], KVCache | None]:
+        """Hidden states of a window after the final norm, and the cache with the window written.
+
+        With a cache, queries attend to all of it as it is after the write; without one the window is the
+        canvas (W = T) and neither `window_start` nor `write` is read.
+
+        Raises:
+            ValueError: there is no cache and the window is not the canvas, or the cache has another length
+                than `key_mask`.
+        """
+        canvas = inputs.shape[1] if cache is None else cache.length
+        if key_mask.shape[1] != canvas:
+            raise ValueError(
+                f"key_mask: got {key_mask.shape[1]} positions; it must cover the canvas, which is "
+                + (f"the window of {canvas} without a cache" if cache is None else f"the cache's {canvas}"))
+        x = inputs.astype(self.embed[...].dtype)
+        layer_caches = []
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{index}"):
+                x, layer_cache = layer(
+                    x, positions=positions, key_mask=key_mask, window_start=window_start, write=write,
+                    cache=None if cache is None else cache.layers[index])
+            if layer_cache is not None:
+                layer_caches.append(layer_cache)
+        hidden = rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps)
+        return hidden, None if cache is None else KVCache(tuple(layer_caches))
+
+    def unembed(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """float32 logits; position i's logits are about the token at position i."""
+        with jax.named_scope("head"):
+            return contract("bld,vd->blv", hidden, self.head[...], dtype=jnp.float32)
+
+    def expected_embedding(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L D"]:
+        """`softmax(logits) @ embed`, the softmax in float32, its result rounded to the weights' dtype."""
+        with jax.named_scope("expected_embedding"):
+            embed = self.embed[...]
+            return contract("blv,vd->bld", jax.nn.softmax(logits, axis=-1).astype(embed.dtype), embed)

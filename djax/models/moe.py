@@ -1,0 +1,51 @@
+"""The mixture-of-experts block: the router and the op."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from djax.config import LladaMoeConfig
+from djax.models.layers import contract
+from djax.models.parameters import normal
+from kernels_pallas import moe
+
+
+def route(
+    x: Float[Array, "M D"], router: Float[Array, "E D"], *, experts_per_token: int
+) -> tuple[Int[Array, "M k"], Float[Array, "M k"]]:
+    """Experts of each row and their weights: the largest of a float32 softmax over all experts.
+
+    The weights are not renormalised to sum to one: LLaDA-MoE was trained that way.
+    """
+    logits = contract("md,ed->me", x, router, dtype=jnp.float32)
+    weights, expert_ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), experts_per_token)
+    return expert_ids, weights
+
+
+class MixtureOfExperts(nnx.Module):
+    """E SwiGLU experts of width F, of which each position uses its router's k best."""
+
+    def __init__(
+        self, config: LladaMoeConfig, *, rngs: nnx.Rngs, moe_implementation: str | None = None
+    ) -> None:
+        model, experts, width = config.hidden_size, config.num_experts, config.expert_size
+        self.experts_per_token = config.experts_per_token
+        self.moe_implementation = moe_implementation
+        self.router = normal(rngs, (experts, model), axes=(None, "embed"), dtype=config.dtype)
+        wide, narrow = (experts, width, model), (experts, model, width)
+        self.gate = normal(rngs, wide, axes=("experts", "ffn", "embed"), dtype=config.dtype)
+        self.up = normal(rngs, wide, axes=("experts", "ffn", "embed"), dtype=config.dtype)
+        self.down = normal(rngs, narrow, axes=("experts", "embed", "ffn"), dtype=config.dtype)
+
+    def __call__(self, x: Float[Array, "B W D"]) -> Float[Array, "B W D"]:
+        """The block's output, without the residual."""
+        rows = x.reshape(-1, x.shape[-1])
+        with jax.named_scope("router"):
+            expert_ids, weights = route(rows, self.router[...], experts_per_token=self.experts_per_token)
+        with jax.named_scope("experts"):
+            mixed = moe(rows, expert_ids, weights, self.gate[...], self.up[...], self.down[...],
+                        implementation=self.moe_implementation)
+        return mixed.reshape(x.shape)
