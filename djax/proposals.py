@@ -1,0 +1,82 @@
+"""Proposals: logits to candidates, one per position. The vocabulary axis ends here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, Key
+
+from djax.types import Candidates, Logits, Propose
+
+
+@struct.dataclass
+class Greedy:
+    """The most probable token; the lowest id among equals."""
+
+    def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
+        """Candidates with their probability and log-prob at temperature 1."""
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _candidates(logits, token, tokens, 1.0)
+
+
+@struct.dataclass
+class Sample:
+    """A draw from softmax(logits / temperature) by the Gumbel-max trick, in log space and float32.
+
+    Temperature 0 is greedy in the same compiled program (no noise is drawn then), and its log-prob is
+    the one at temperature 1. Row i's noise depends on `keys[i]` only. The confidence stays the token's
+    probability at temperature 1, as in LLaDA (arXiv 2502.09992).
+    """
+
+    temperature: float | Float[Array, ""]
+
+    def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
+        """Candidates with their probability at temperature 1 and log-prob at the sampling temperature."""
+        temperature = jnp.asarray(self.temperature, jnp.float32)
+
+        def perturb(logits: Logits) -> Logits:
+            noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32, mode="high"))(keys)
+            return logits + temperature * noise
+
+        noisy = jax.lax.cond(temperature > 0, perturb, lambda logits: logits, logits)
+        token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+        return _candidates(logits, token, tokens, jnp.where(temperature > 0, temperature, 1.0))
+
+
+@struct.dataclass
+class RefuseToken:
+    """Makes no proposal where the inner one proposes `token_id`; the token keeps its probability mass.
+
+    dInfer treats the mask id so. Forbidding it (`ForbidTokens`) is the sounder choice: here a block whose
+    remaining positions all predict the mask id can never be finished.
+    """
+
+    propose: Propose
+    token_id: int | Int[Array, ""]
+
+    def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
+        """The inner candidates, with confidence -inf where the token is refused."""
+        candidates = self.propose.step(keys, logits, tokens)
+        refused = candidates.token == self.token_id
+        return dataclasses.replace(candidates, confidence=jnp.where(refused, -jnp.inf, candidates.confidence))
+
+
+def _candidates(
+    logits: Logits, token: Int[Array, "B L"], tokens: Int[Array, "B L"], temperature: float | Float[Array, ""]
+) -> Candidates:
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = _at(logits, token)
+    tempered = jax.nn.logsumexp(logits / temperature, axis=-1)
+    return Candidates(
+        token=token,
+        confidence=jnp.exp(chosen - log_total),
+        log_prob=chosen / temperature - tempered,
+        current=jnp.exp(_at(logits, tokens) - log_total),
+    )
+
+
+def _at(logits: Logits, token: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    return jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]

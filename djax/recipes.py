@@ -1,0 +1,128 @@
+"""Recipes: named choices of parts, as the papers publish them.
+
+A recipe is data: `recipe.replace(cache_policy=...)` swaps a part. Temperature, forbidden tokens and
+stopping belong to the call, not to the recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from djax.cache_policies import Dual, NoCache, Prefix, Vicinity, WithWarmup
+from djax.schedules import Linear
+from djax.smoothing import HardTokens, SoftTokens
+from djax.strategies import Factor, Hierarchical, Quota, Threshold
+from djax.transforms import Credit, Identity
+from djax.types import CachePolicy, Smoothing, Strategy, Transform
+
+Number = float | Float[Array, ""]
+
+
+@struct.dataclass
+class Recipe:
+    """The axes of the loop that a published decoder fixes."""
+
+    strategy: Strategy
+    cache_policy: CachePolicy = NoCache()
+    transform: Transform = Identity()
+    smoothing: Smoothing = HardTokens()
+    mask_token: Literal["forbid", "refuse"] = struct.field(pytree_node=False, default="forbid")
+    """"forbid" drops the mask id before the argmax; "refuse" lets it win and then commits nothing there,
+    as dInfer's code does (a block whose remaining positions all predict it ends with "max_steps")."""
+
+
+def llada(*, steps_per_block: int | Int[Array, ""] | None = None) -> Recipe:
+    """LLaDA's own sampler (arXiv 2502.09992, algorithm 5): fixed steps, most confident first, no cache.
+
+    Args:
+        steps_per_block: denoising steps per block; None is one token per step, the reference quality.
+    """
+    return Recipe(strategy=Quota(steps=2**31 - 1 if steps_per_block is None else steps_per_block))
+
+
+def fast_dllm(
+    *, threshold: Number = 0.9, factor: Number | None = None, cache: Literal["none", "prefix", "dual"] = "dual"
+) -> Recipe:
+    """Fast-dLLM (arXiv 2505.22618): threshold decoding, or its factor rule, with the prefix or dual cache.
+
+    Args:
+        threshold: commit what is at least this probable.
+        factor: use the factor rule with this factor instead of the threshold.
+        cache: which positions each step recomputes.
+
+    Raises:
+        ValueError: an unknown cache.
+    """
+    policies: dict[str, CachePolicy] = {"none": NoCache(), "prefix": Prefix(), "dual": Dual()}
+    if cache not in policies:
+        raise ValueError(f"cache: got {cache!r}; allowed: {', '.join(policies)}")
+    strategy: Strategy = Threshold(threshold) if factor is None else Factor(factor)
+    return Recipe(strategy=strategy, cache_policy=policies[cache])
+
+
+def dinfer(
+    *, threshold: Number = 0.8, smoothing: Number | None = 0.3, before: int = 16, after: int = 16,
+    warmup: int | Int[Array, ""] = 4, cache: bool = True,
+) -> Recipe:
+    """dInfer with a KV cache (arXiv 2510.08666, table 2): threshold, smoothing, vicinity refresh, warm-up.
+
+    Args:
+        threshold: commit what is at least this probable; under smoothing the threshold in force falls
+            from 1 by 0.02 a step until it is reached.
+        smoothing: largest weight of the soft tokens; None for hard tokens.
+        before: positions before the block that each step recomputes.
+        after: positions after it.
+        warmup: full forwards at the start of the first block.
+        cache: False decodes without one; `before`, `after` and `warmup` then have no effect.
+    """
+    limit = threshold if smoothing is None else Linear(1.0, -0.02, minimum=threshold)
+    return Recipe(strategy=Threshold(limit), cache_policy=_vicinity(before, after, warmup, cache),
+                  smoothing=_soft(smoothing))
+
+
+def dinfer_credit(*, threshold: Number = 0.8, smoothing: Number | None = 0.3, alpha: Number = 0.7,
+                  beta: Number = 0.8, gamma: Number = 0.2) -> Recipe:
+    """dInfer without a cache (arXiv 2510.08666, table 2): credit decoding and smoothing.
+
+    Args:
+        threshold: as in `dinfer`.
+        smoothing: as in `dinfer`.
+        alpha: weight of the credit in the logits.
+        beta: decay of the credit per step.
+        gamma: exponent of the probability that is credited.
+    """
+    return dataclasses.replace(
+        dinfer(threshold=threshold, smoothing=smoothing, cache=False),
+        transform=Credit(alpha=alpha, beta=beta, gamma=gamma))
+
+
+def dinfer_hierarchical(
+    *, high: Number = 0.92, low: Number = 0.62, smoothing: Number | None = 0.3, before: int = 16, after: int = 16,
+    warmup: int | Int[Array, ""] = 4, cache: bool = True,
+) -> Recipe:
+    """dInfer's setting for trajectory-compressed models (arXiv 2510.08666, section 5): hierarchical decoding.
+
+    Args:
+        high: commit everything above it.
+        low: commit the best of each run of masks above it.
+        smoothing: as in `dinfer`; the falling threshold applies to `high`.
+        before: as in `dinfer`.
+        after: as in `dinfer`.
+        warmup: as in `dinfer`.
+        cache: as in `dinfer`.
+    """
+    limit = high if smoothing is None else Linear(1.0, -0.02, minimum=high)
+    return Recipe(strategy=Hierarchical(high=limit, low=low), cache_policy=_vicinity(before, after, warmup, cache),
+                  smoothing=_soft(smoothing))
+
+
+def _vicinity(before: int, after: int, warmup: int | Int[Array, ""], cache: bool) -> CachePolicy:
+    return WithWarmup(Vicinity(before=before, after=after), steps=warmup) if cache else NoCache()
+
+
+def _soft(weight: Number | None) -> Smoothing:
+    return HardTokens() if weight is None else SoftTokens(Linear(0.15, 0.02, maximum=weight))
