@@ -1,0 +1,113 @@
+"""One call's options: checked, and turned into the loop's parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djax.config import ModelConfig
+from djax.proposals import RefuseToken, Sample
+from djax.recipes import Recipe
+from djax.state import Parts
+from djax.stopping import Never, OnEos
+from djax.transforms import Chain, ForbidTokens, MinP, TopK, TopP
+from djax.types import Propose, StopRule, Transform
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CallOptions:
+    """What `generate`, `stream` and `infill` take besides the prompt; see `DiffusionLM.generate`.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    recipe: Recipe
+    block_length: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    guidance: float | None
+    mask_id: int | None
+    eos_id: int | Sequence[int] | None
+    stop_on_eos: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.recipe, Recipe):
+            raise ValueError(f"recipe: got a {type(self.recipe).__name__}; allowed a djax.recipes.Recipe, "
+                             "such as djax.recipes.dinfer()")
+        _in_range("block_length", self.block_length, 1, math.inf)
+        _in_range("temperature", self.temperature, 0.0, math.inf)
+        _in_range("top_k", self.top_k, 1, math.inf)
+        _in_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _in_range("min_p", self.min_p, 0.0, 1.0)
+        _in_range("guidance", self.guidance, -1.0, math.inf)
+
+
+def resolve_ids(options: CallOptions, config: ModelConfig) -> tuple[int, tuple[int, ...]]:
+    """The mask id and the EOS ids of a call.
+
+    Raises:
+        ValueError: no mask id is known, or an id is outside the vocabulary.
+    """
+    mask_id = config.mask_id if options.mask_id is None else options.mask_id
+    if mask_id is None:
+        raise ValueError("mask_id: neither the checkpoint nor its tokenizer gives one; pass mask_id=")
+    given = config.eos_id if options.eos_id is None else options.eos_id
+    eos_ids = (given,) if isinstance(given, int | np.integer) else tuple(given)
+    if not eos_ids:
+        raise ValueError("eos_id: got an empty list; give at least one id, or stop_on_eos=False")
+    for name, token in [("mask_id", mask_id), *(("eos_id", token) for token in eos_ids)]:
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < config.vocab_size:
+            raise ValueError(f"{name}: got {token!r}; allowed 0 to {config.vocab_size - 1}, the model's vocabulary")
+    return int(mask_id), tuple(int(token) for token in eos_ids)
+
+
+def make_parts(
+    options: CallOptions, *, mask_id: int, eos_ids: Sequence[int], vocab_limit: int, forbidden: Sequence[int] = ()
+) -> Parts:
+    """The loop's parts for one call.
+
+    The mask id (unless the recipe refuses it instead), `forbidden` and the vocabulary's padding are dropped
+    before anything else sees the logits. Every number becomes an array, so that a sweep compiles nothing.
+    """
+    recipe = options.recipe
+    banned = [*forbidden] if recipe.mask_token == "refuse" else [mask_id, *forbidden]
+    chain: list[Transform] = [ForbidTokens(jnp.asarray(banned, jnp.int32), vocab_limit), recipe.transform]
+    if options.top_k is not None:
+        chain.append(TopK(int(options.top_k)))
+    if options.top_p is not None:
+        chain.append(TopP(float(options.top_p), float(options.temperature)))
+    if options.min_p is not None:
+        chain.append(MinP(float(options.min_p), float(options.temperature)))
+    propose: Propose = Sample(float(options.temperature))
+    if recipe.mask_token == "refuse":
+        propose = RefuseToken(propose, mask_id)
+    stop_rule: StopRule = OnEos(jnp.asarray(eos_ids, jnp.int32)) if options.stop_on_eos else Never()
+    parts = Parts(strategy=recipe.strategy, cache_policy=recipe.cache_policy, transform=Chain(tuple(chain)),
+                  propose=propose, smoothing=recipe.smoothing, stop_rule=stop_rule)
+    return jax.tree.map(_as_array, parts)
+
+
+def _as_array(leaf: Any) -> Any:
+    """Python numbers would be weakly typed: a sweep that mixes them with arrays would compile twice."""
+    if isinstance(leaf, bool | int | np.integer):
+        return np.int32(leaf)
+    return np.float32(leaf) if isinstance(leaf, float | np.floating) else leaf
+
+
+def _in_range(name: str, value: float | None, low: float, high: float, *, low_open: bool = False) -> None:
+    if value is None:
+        return
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not number or not (low < value if low_open else low <= value) or not value <= high or math.isinf(value):
+        span = f"above {low:g}" if low_open else f"at least {low:g}"
+        limit = "" if math.isinf(high) else f" and at most {high:g}"
+        raise ValueError(f"{name}: got {value!r}; allowed a number {span}{limit}")

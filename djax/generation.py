@@ -1,0 +1,140 @@
+"""What a generation returns: numpy records, trimmed for reading and untrimmed for replay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from djax.canvas import Canvas
+from djax.state import DenoiseState, Result, StopReason
+from djax.text import TextStream, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A batch of completions. Everything is on the host."""
+
+    text: list[str] | None
+    """The completions, trimmed at the first EOS; None without a tokenizer."""
+    tokens: list[Int[np.ndarray, "length"]]
+    """The completions up to and including the first EOS, or up to the first position still masked."""
+    canvas: Int[np.ndarray, "B T"]
+    """Untrimmed: left padding, prompt, every generated position, right padding."""
+    canvas_mask: Bool[np.ndarray, "B T"]
+    """False on padding."""
+    is_open: Bool[np.ndarray, "B T"]
+    """Positions that were to be generated."""
+    is_masked: Bool[np.ndarray, "B T"]
+    """Positions never decoded (a row that ended with "nan" or "max_steps")."""
+    lengths: Int[np.ndarray, "B"]
+    """`len` of each of `tokens`."""
+    nfe: Int[np.ndarray, "B"]
+    """Forwards of the network while the row was active."""
+    refreshes: Int[np.ndarray, "B"]
+    """How many steps recomputed the whole canvas."""
+    stop_reason: list[str]
+    """"length", "eos", "nan" or "max_steps" per row."""
+    commit_step: Int[np.ndarray, "B T"]
+    """The row's step (from 0) that committed each position; -1 for pinned, filled and masked ones."""
+    log_prob: Float[np.ndarray, "B T"]
+    """log-probability of each committed token under the distribution it was drawn from; 0 elsewhere."""
+
+    @property
+    def tokens_per_forward(self) -> Float[np.ndarray, "B"]:
+        """TPF: `lengths / nfe`; 0 where there was nothing to do."""
+        return np.divide(self.lengths, self.nfe, out=np.zeros(len(self.nfe)), where=self.nfe > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamStep:
+    """What a stream yields: where the canvas stands, and what became final since the last step."""
+
+    tokens: Int[np.ndarray, "B T"]
+    is_masked: Bool[np.ndarray, "B T"]
+    valid: Bool[np.ndarray, "B T"]
+    """False on padding."""
+    is_open: Bool[np.ndarray, "B T"]
+    """Positions that were to be generated."""
+    generated: slice
+    """Canvas columns from the first open position on."""
+    committed: list[Int[np.ndarray, "n"]]
+    """Tokens of each row that became final: those of blocks finished since the last step, up to the EOS."""
+    text: list[str] | None
+    """Text of `committed`, never half a character; None without a tokenizer."""
+    draft: list[Int[np.ndarray, "n"]]
+    """Each row's open region as it stands after its final tokens, the mask id where it is masked."""
+    block: int
+    """Block that the last step worked on."""
+    nfe: Int[np.ndarray, "B"]
+    done: Bool[np.ndarray, "B"]
+
+
+def completion(
+    tokens: Int[np.ndarray, "T"], is_open: Bool[np.ndarray, "T"], is_masked: Bool[np.ndarray, "T"],
+    eos_ids: Sequence[int],
+) -> Int[np.ndarray, "length"]:
+    """Open positions' tokens up to and including the first EOS, or up to the first position still masked."""
+    row, masked = tokens[is_open], is_masked[is_open]
+    stop = int(masked.argmax()) if masked.any() else len(row)
+    ends = np.isin(row[:stop], np.asarray(eos_ids))
+    return row[: int(ends.argmax()) + 1] if ends.any() else row[:stop]
+
+
+def to_generation(
+    canvas: Canvas, result: Result, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None
+) -> Generation:
+    """Fetch a result to the host and cut the completions out of it."""
+    got, is_open = jax.device_get((result, canvas.is_masked))
+    tokens = [completion(*row, eos_ids) for row in zip(got.tokens, is_open, got.is_masked, strict=True)]
+    return Generation(
+        text=None if tokenizer is None else [tokenizer.decode(_without_eos(row, eos_ids)) for row in tokens],
+        tokens=tokens, canvas=got.tokens, canvas_mask=got.valid, is_open=is_open, is_masked=got.is_masked,
+        lengths=np.asarray([len(row) for row in tokens], np.int32), nfe=got.nfe, refreshes=got.refreshes,
+        stop_reason=[StopReason(reason).name.lower() for reason in got.stop_reason],
+        commit_step=got.commit_step, log_prob=got.log_prob)
+
+
+class StreamReader:
+    """Turns the loop's states into `StreamStep`s: remembers what each row has already handed out."""
+
+    def __init__(self, canvas: Canvas, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None) -> None:
+        self._canvas, self._eos_ids = canvas, eos_ids
+        self._is_open, self._valid = jax.device_get((canvas.is_masked, canvas.valid))
+        self._given = [0] * canvas.batch
+        self._text: list[TextStream] | None = (
+            None if tokenizer is None else [tokenizer.stream() for _ in range(canvas.batch)])
+
+    def read(self, state: DenoiseState, *, last: bool) -> StreamStep:
+        """The step for a state; `last` flushes what the detokenizer held back."""
+        got = jax.device_get((state.tokens, state.is_masked, state.done, state.nfe, state.block))
+        tokens, is_masked, done, nfe, block = got
+        final = [self._final(row, tokens, is_masked, bool(done[row]) or last) for row in range(self._canvas.batch)]
+        committed = [row[given:] for row, given in zip(final, self._given, strict=True)]
+        self._given = [len(row) for row in final]
+        text = None
+        if self._text is not None:
+            text = [stream.push(_without_eos(row, self._eos_ids)) + (stream.finish() if last else "")
+                    for stream, row in zip(self._text, committed, strict=True)]
+        first = int(self._is_open.any(0).argmax())
+        return StreamStep(
+            tokens=tokens, is_masked=is_masked, valid=self._valid, is_open=self._is_open,
+            generated=slice(first, self._canvas.length), committed=committed, text=text,
+            draft=[tokens[row][self._is_open[row]][self._given[row]:] for row in range(self._canvas.batch)],
+            block=int(block), nfe=nfe, done=done)
+
+    def _final(self, row: int, tokens: np.ndarray, is_masked: np.ndarray, done: bool) -> Int[np.ndarray, "n"]:
+        """Tokens of the row's finished blocks; a position of an unfinished one might still be reopened."""
+        open_here, masked = self._is_open[row], is_masked[row].copy()
+        if not done and masked.any():
+            canvas = self._canvas
+            block = (int(masked.argmax()) - canvas.first_block) // canvas.block_length
+            masked[canvas.first_block + block * canvas.block_length:] = True
+        return completion(tokens[row], open_here, masked, self._eos_ids)
+
+
+def _without_eos(row: Int[np.ndarray, "n"], eos_ids: Sequence[int]) -> Int[np.ndarray, "n"]:
+    return row[~np.isin(row, np.asarray(eos_ids))]

@@ -1,0 +1,71 @@
+"""Prompts as users give them, checked and turned into token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from djax.text import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""A text, token ids, or a conversation (a list of {"role", "content"})."""
+
+
+def encode_prompts(
+    prompts: Prompt | Sequence[Prompt], *, tokenizer: Tokenizer | None, vocab_size: int
+) -> list[list[int]]:
+    """Token ids of each prompt. One prompt on its own is a batch of one.
+
+    Texts are taken as they are; conversations go through the chat template.
+
+    Raises:
+        ValueError: an empty batch, an id outside the vocabulary, something that is no prompt, or text
+            for a model without a tokenizer.
+    """
+    batch = [prompts] if _is_single(prompts) else list(prompts)
+    if not batch:
+        raise ValueError("prompts: got an empty list; give at least one prompt")
+    return [_encode(prompt, f"prompts[{index}]", tokenizer, vocab_size) for index, prompt in enumerate(batch)]
+
+
+def check_ids(ids: Any, *, name: str, vocab_size: int) -> list[int]:
+    """Token ids as a list of ints.
+
+    Raises:
+        ValueError: an entry is not an integer in [0, vocab_size).
+    """
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"{name}: got {_short(ids)}; allowed a flat list of token ids, integers in [0, {vocab_size})")
+    if array.size and (array.min() < 0 or array.max() >= vocab_size):
+        wrong = int(array[(array < 0) | (array >= vocab_size)][0])
+        raise ValueError(f"{name}: got token id {wrong}; allowed 0 to {vocab_size - 1}, the model's vocabulary")
+    return [int(token) for token in array]
+
+
+def _is_single(prompts: Any) -> bool:
+    if isinstance(prompts, str):
+        return True
+    if isinstance(prompts, np.ndarray):
+        return prompts.ndim == 1
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise ValueError(f"prompts: got {_short(prompts)}; allowed a text, token ids, chat messages, or a list of one "
+                         "of these")
+    return len(prompts) > 0 and isinstance(prompts[0], int | np.integer | Mapping)
+
+
+def _encode(prompt: Any, name: str, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+    is_chat = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if isinstance(prompt, str) or is_chat:
+        if tokenizer is None:
+            raise ValueError(f"{name}: got {'text' if isinstance(prompt, str) else 'chat messages'}, but this "
+                             "checkpoint has no tokenizer.json; give token ids, or add the tokenizer's files")
+        prompt = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.apply_chat(prompt)
+    return check_ids(prompt, name=name, vocab_size=vocab_size)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

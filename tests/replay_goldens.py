@@ -1,0 +1,81 @@
+"""Replay dInfer's recorded traces through `lm.generate`: tokens exactly, steps as NFE, in float32.
+
+    python -m tests.replay_goldens DIR [DIR ...]
+
+A directory holds config.json, model.safetensors and cases.jsonl (see tests/goldens/llada_moe/README.md).
+Prints every case that differs, and ends with "N passed, M failed".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import djax
+from djax.cache_policies import Dual, NoCache, Prefix, Vicinity, WithWarmup
+from djax.recipes import Recipe
+from djax.schedules import Linear
+from djax.smoothing import HardTokens, SoftTokens
+from djax.strategies import Hierarchical, Threshold
+from djax.transforms import Credit, Identity
+
+Case = dict[str, Any]
+
+
+def read_cases(directory: Path) -> list[Case]:
+    return [json.loads(line) for line in (directory / "cases.jsonl").read_text().splitlines() if line.strip()]
+
+
+def recipe_of(case: Case) -> Recipe:
+    """The recipe whose parts are those of a recorded dInfer run."""
+    smooth = case["algo"].startswith("itersmooth")
+    high = Linear(1.0, -0.02, minimum=case["threshold"]) if smooth else case["threshold"]
+    if case["algo"].endswith("vicinity"):
+        cache = WithWarmup(Vicinity(before=case["before"], after=case["after"]), steps=case["warmup_steps"])
+    else:
+        cache = {"none": NoCache(), "prefix": Prefix(), "dual": Dual()}[case["cache"]]
+    hierarchical = case["decoder"] == "hierarchy"
+    return Recipe(
+        strategy=Hierarchical(high=high, low=case["low_threshold"]) if hierarchical else Threshold(high),
+        cache_policy=cache, transform=Credit() if case["decoder"] == "credit" else Identity(),
+        smoothing=SoftTokens() if smooth else HardTokens(), mask_token="refuse")
+
+
+def replay(lm: djax.DiffusionLM, case: Case) -> str | None:
+    """What differs from the recorded run, or None."""
+    out = lm.generate(
+        [case["prompt"]], recipe=recipe_of(case), max_new_tokens=case["gen_length"],
+        block_length=case["block_length"], mask_id=case["mask_id"], eos_id=case["eos_id"], align=case["align"])
+    # Without early stop dInfer ends at EOS all the same, but leaves mask ids where djax fills with EOS.
+    drop = {case["eos_id"]} | (set() if case["early_stop"] else {case["mask_id"]})
+    got = [int(token) for token in out.canvas[0][out.canvas_mask[0]] if token not in drop]
+    expected = [token for token in case["tokens"] if token not in drop]
+    problems = []
+    if got != expected:
+        problems.append(f"tokens {got} instead of {expected}")
+    if int(out.nfe[0]) != case["steps"]:
+        problems.append(f"NFE {int(out.nfe[0])} instead of {case['steps']}")
+    return "; ".join(problems) or None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.replay_goldens", description=__doc__.splitlines()[0])
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR")
+    passed = failed = 0
+    for directory in parser.parse_args(arguments).directories:
+        lm = djax.load(directory, dtype="float32")
+        for number, case in enumerate(read_cases(directory), start=1):
+            problem = replay(lm, case)
+            passed, failed = passed + (problem is None), failed + (problem is not None)
+            if problem is not None:
+                what = {name: case[name] for name in ("algo", "decoder", "cache", "block_length", "align")}
+                print(f"{directory}/cases.jsonl:{number}: {what}: {problem}", flush=True)
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

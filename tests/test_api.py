@@ -1,0 +1,365 @@
+"""The Python API on dInfer's tiny checkpoint and on the bundled model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import djax
+from djax import recipes
+from djax.canvas import bucket_size
+from djax.transforms import ForbidTokens
+
+PROMPTS = [[98, 107, 10, 66, 130], [124, 103, 77, 122, 91, 149, 55, 129, 35], [72]]
+MASK, EOS = 155, 152
+SHAPE = {"max_new_tokens": 20, "block_length": 8, "mask_id": MASK}
+DUAL = recipes.fast_dllm(threshold=0.6)
+
+
+def same(left: djax.Generation, right: djax.Generation) -> None:
+    for name in ("canvas", "canvas_mask", "is_masked", "nfe", "commit_step", "log_prob", "lengths"):
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
+    assert left.stop_reason == right.stop_reason
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return djax.load(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def batch(golden_lm):
+    return golden_lm.generate(PROMPTS, recipe=DUAL, **SHAPE)
+
+
+def test_a_generation_holds_what_it_says(golden_lm, batch):
+    assert batch.text is None  # this checkpoint has no tokenizer
+    assert batch.canvas.shape == batch.canvas_mask.shape == batch.commit_step.shape == batch.log_prob.shape
+    for row, prompt in enumerate(PROMPTS):
+        real = batch.canvas[row][batch.canvas_mask[row]]
+        assert real[: len(prompt)].tolist() == prompt
+        assert len(real) == len(prompt) + 20  # the limit is not a multiple of the block length
+        generated = real[len(prompt):]
+        ends = np.flatnonzero(generated == EOS)
+        length = ends[0] + 1 if len(ends) else 20
+        assert batch.tokens[row].tolist() == generated[:length].tolist()
+        assert batch.lengths[row] == length
+        committed = batch.commit_step[row] >= 0
+        assert not committed[~batch.is_open[row]].any()
+        assert (batch.log_prob[row][committed] < 0).all()
+        assert batch.commit_step[row].max() == batch.nfe[row] - 1
+    np.testing.assert_allclose(batch.tokens_per_forward, batch.lengths / batch.nfe)
+    assert set(batch.stop_reason) <= {"length", "eos"}
+    assert not np.isin(batch.canvas[batch.is_open], [MASK]).any()
+
+
+def test_rows_do_not_depend_on_their_batch(golden_lm, batch):
+    for row, prompt in enumerate(PROMPTS):
+        alone = golden_lm.generate([prompt], recipe=DUAL, row_ids=[row], **SHAPE)
+        for name in ("canvas", "commit_step"):
+            np.testing.assert_array_equal(getattr(alone, name)[0], getattr(batch, name)[row])
+        assert alone.nfe[0] == batch.nfe[row]
+
+
+def test_samples_differ_and_micro_batches_agree(golden_lm):
+    prompts = [PROMPTS[0]] * 8
+    whole = golden_lm.generate(prompts, recipe=DUAL, temperature=4.0, key=7, **SHAPE)
+    assert len({tuple(row) for row in whole.tokens}) == 8
+    again = golden_lm.generate(prompts, recipe=DUAL, temperature=4.0, key=7, **SHAPE)
+    same(whole, again)
+    other = golden_lm.generate(prompts, recipe=DUAL, temperature=4.0, key=8, **SHAPE)
+    assert (whole.canvas != other.canvas).any()
+    for start in (0, 4):
+        part = golden_lm.generate(prompts[:4], recipe=DUAL, temperature=4.0, key=7,
+                                  row_ids=range(start, start + 4), **SHAPE)
+        np.testing.assert_array_equal(part.canvas, whole.canvas[start:start + 4])
+        np.testing.assert_array_equal(part.commit_step, whole.commit_step[start:start + 4])
+
+
+def test_sweeps_compile_nothing(golden_lm, batch):
+    before = golden_lm.compile_count
+    for number in range(3):
+        golden_lm.generate(
+            [prompt[number:] for prompt in PROMPTS], recipe=recipes.fast_dllm(threshold=0.3 * number),
+            temperature=0.5 * number, key=number, eos_id=[100 + number], mask_id=MASK - number,
+            max_new_tokens=17 + number, block_length=8, stop_on_eos=True)
+    assert golden_lm.compile_count == before
+    golden_lm.generate(PROMPTS, recipe=DUAL, max_new_tokens=20, block_length=4, mask_id=MASK)
+    assert golden_lm.compile_count == before + 1
+
+
+def test_warmup_compiles_ahead(golden_lm):
+    lm = djax.DiffusionLM(djax.load(dtype="float32").config, djax.load(dtype="float32").params)
+    assert lm.warmup([(2, 5, 8)], recipe=DUAL, block_length=8) == 1
+    assert lm.warmup([(2, 7, 8)], recipe=DUAL, block_length=8) == 0  # the same bucket
+    lm.generate([[1, 2, 3, 4], [5]], recipe=DUAL, max_new_tokens=8, block_length=8, temperature=0.3, key=5)
+    assert lm.compile_count == 1
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+def test_a_stream_ends_where_generate_does(golden_lm, batch, drafts):
+    steps = list(golden_lm.stream(PROMPTS, recipe=DUAL, drafts=drafts, **SHAPE))
+    if drafts:
+        assert len(steps) >= batch.nfe.max()
+    else:
+        assert len(steps) == 3
+    np.testing.assert_array_equal(steps[-1].tokens, batch.canvas)
+    np.testing.assert_array_equal(steps[-1].nfe, batch.nfe)
+    for row in range(len(PROMPTS)):
+        pieces = np.concatenate([step.committed[row] for step in steps])
+        assert pieces.tolist() == batch.tokens[row].tolist()
+    for step in steps:
+        for row, prompt in enumerate(PROMPTS):
+            given = int(sum(len(s.committed[row]) for s in steps[: steps.index(step) + 1]))
+            assert len(step.draft[row]) == 20 - given
+            assert step.tokens[row][step.valid[row]][: len(prompt)].tolist() == prompt
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.put_calls: list[list[int]] = []
+        self.drafts: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: np.ndarray) -> None:
+        self.put_calls.append(value.tolist())
+
+    def put_draft(self, value: np.ndarray) -> None:
+        self.drafts.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_hugging_face_streamers(golden_lm):
+    recorder = Recorder()
+    steps = list(golden_lm.stream([PROMPTS[0]], recipe=DUAL, streamer=recorder, **SHAPE))
+    alone = golden_lm.generate([PROMPTS[0]], recipe=DUAL, **SHAPE)
+    assert recorder.put_calls[0] == PROMPTS[0]
+    assert sum(recorder.put_calls[1:], []) == alone.tokens[0].tolist()
+    assert len(recorder.drafts) == len(steps)
+    assert recorder.ended
+    with pytest.raises(ValueError, match="streamer: got 3 prompts"):
+        golden_lm.stream(PROMPTS, streamer=recorder, **SHAPE)
+
+
+def test_transformers_text_streamer(bundled, capsys):
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(bundled.tokenizer.backend, skip_prompt=True)
+    arguments = {"recipe": DUAL, "max_new_tokens": 8, "block_length": 8}
+    for _ in bundled.stream(["Hello"], streamer=streamer, **arguments):
+        pass
+    assert capsys.readouterr().out == bundled.generate(["Hello"], **arguments).text[0] + "\n"
+
+
+def test_text_in_text_out(bundled):
+    chat = [{"role": "user", "content": "Hello"}]
+    ids = bundled.tokenizer.apply_chat(chat)
+    arguments = {"recipe": DUAL, "max_new_tokens": 8, "block_length": 8}
+    by_chat, by_ids = bundled.generate([chat, "Hello"], **arguments), bundled.generate([ids], **arguments)
+    assert by_chat.tokens[0].tolist() == by_ids.tokens[0].tolist()
+    assert by_chat.text[0] == by_ids.text[0]
+    single = bundled.generate("Hello", **arguments)
+    assert single.text == by_chat.text[1:]
+    # The vocabulary is padded past the tokenizer: those ids never come out.
+    hot = bundled.generate(["Hello"] * 4, temperature=50.0, **arguments)
+    assert hot.canvas[hot.is_open].max() < bundled.tokenizer.size < bundled.config.vocab_size
+
+
+def test_text_is_trimmed_at_the_first_eos(bundled):
+    arguments = {"recipe": DUAL, "max_new_tokens": 16, "block_length": 8}
+    free = bundled.generate(["Hello"], stop_on_eos=False, **arguments)
+    eos = int(free.canvas[0][free.is_open[0]][4])
+    for stop in (True, False):
+        out = bundled.generate(["Hello"], eos_id=eos, stop_on_eos=stop, **arguments)
+        first = int(np.flatnonzero(out.canvas[0][out.is_open[0]] == eos)[0])
+        assert out.lengths[0] == first + 1
+        assert out.tokens[0][-1] == eos
+        assert out.text[0] == bundled.tokenizer.decode(out.tokens[0][:-1])
+        assert out.stop_reason == ["eos" if stop else "length"]
+        assert out.nfe[0] < free.nfe[0] or not stop
+
+
+def test_infill_keeps_pinned_tokens(golden_lm):
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 150, length).tolist() for length in (18, 11, 5)]
+    rows[0][3] = MASK  # a literal mask id that is pinned stays
+    masks = [(rng.random(len(row)) < 0.4).tolist() for row in rows]
+    masks[0][3], masks[2] = False, [False] * 5
+    out = golden_lm.infill(rows, masks, recipe=DUAL, block_length=8, mask_id=MASK)
+    for row, (tokens, mask) in enumerate(zip(rows, masks, strict=True)):
+        filled = out.tokens[row]
+        assert filled[~np.asarray(mask)].tolist() == np.asarray(tokens)[~np.asarray(mask)].tolist()
+        assert not np.isin(filled[np.asarray(mask)], [MASK, EOS]).any()
+    assert out.nfe[2] == 0
+    assert out.stop_reason == ["length"] * 3
+    alone = golden_lm.infill(rows[1], masks[1], recipe=DUAL, block_length=8, mask_id=MASK)
+    assert alone.tokens[0].tolist() == out.tokens[1].tolist()
+
+
+def test_a_literal_mask_id_in_a_prompt_survives(golden_lm):
+    prompt = [5, MASK, 7, MASK, MASK]
+    out = golden_lm.generate([prompt, [1]], recipe=DUAL, **SHAPE)
+    assert out.canvas[0][out.canvas_mask[0]][:5].tolist() == prompt
+    assert out.is_open[0].sum() == 20
+
+
+def test_logits_are_padded_on_the_left(golden_lm):
+    whole = golden_lm.logits(PROMPTS)
+    assert whole.dtype == np.float32
+    assert whole.shape == (3, 9, 160)
+    for row, prompt in enumerate(PROMPTS):
+        np.testing.assert_allclose(whole[row, 9 - len(prompt):], golden_lm.logits([prompt])[0], atol=2e-4)
+
+
+def test_guidance_counts_two_forwards(golden_lm):
+    plain = golden_lm.generate([PROMPTS[0]], recipe=recipes.llada(), **SHAPE)
+    guided = golden_lm.generate([PROMPTS[0]], recipe=recipes.llada(), guidance=0.0, **SHAPE)
+    assert guided.canvas.tolist() == plain.canvas.tolist()  # scale 0 is the conditional model
+    assert guided.nfe[0] == 2 * plain.nfe[0]
+    strong = golden_lm.generate([PROMPTS[0]], recipe=recipes.llada(), guidance=3.0, **SHAPE)
+    assert strong.canvas.tolist() != plain.canvas.tolist()
+
+
+def test_llada_takes_one_step_per_token(golden_lm):
+    out = golden_lm.generate(PROMPTS, recipe=recipes.llada(), stop_on_eos=False, **SHAPE)
+    assert out.nfe.tolist() == [20, 20, 20]
+    fast = golden_lm.generate(PROMPTS, recipe=recipes.llada(steps_per_block=2), stop_on_eos=False, **SHAPE)
+    assert fast.nfe.tolist() == [6, 6, 6]
+
+
+def test_denoise_inside_your_own_jit(golden_lm, batch):
+    canvas = djax.Canvas.from_prompts(PROMPTS, max_new_tokens=20, block_length=8, mask_id=MASK, pad_id=EOS)
+
+    @jax.jit
+    def mine(params, canvas, key):
+        result = djax.denoise(
+            golden_lm.denoiser, params, canvas, key, strategy=DUAL.strategy, cache_policy=DUAL.cache_policy,
+            transform=ForbidTokens(jnp.asarray([MASK])), stop_rule=djax.stopping.OnEos(jnp.asarray([EOS])))
+        return result, result.lengths.sum()
+
+    result, total = mine(golden_lm.params, canvas, jax.random.key(0))
+    np.testing.assert_array_equal(result.tokens, batch.canvas)
+    assert int(total) == batch.lengths.sum()
+    assert {djax.StopReason(reason).name.lower() for reason in np.asarray(result.stop_reason)} == set(batch.stop_reason)
+
+
+def test_generation_from_a_worker_thread(golden_lm, batch):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(golden_lm.generate(PROMPTS, recipe=DUAL, **SHAPE)))
+    thread.start()
+    thread.join()
+    same(results[0], batch)
+
+
+def test_memory_is_estimated_before_compiling(bundled):
+    before = bundled.compile_count
+    small, large = (bundled.memory_estimate(n, 64, recipe=DUAL, block_length=8) for n in (1, 8))
+    assert bundled.compile_count == before
+    assert small.parameters == large.parameters == sum(leaf.nbytes for leaf in jax.tree.leaves(bundled.params))
+    config = bundled.config
+    keys = 2 * config.num_layers * 64 * config.num_kv_heads * config.head_dim * 4
+    assert (small.cache, large.cache) == (keys, 8 * keys)
+    assert bundled.memory_estimate(1, 64, recipe=recipes.llada(), block_length=8).cache == 0
+    assert large.total == large.parameters + large.cache + large.inputs + large.logits + large.activations
+
+
+def test_memory_estimate_against_the_compiler(bundled):
+    """The estimate has to be of the compiler's size: a user plans a batch with it."""
+    from djax.api import _denoise
+    from djax.calls import CallOptions
+
+    options = CallOptions(recipe=DUAL, block_length=64, temperature=0.0, top_k=None, top_p=None, min_p=None,
+                          guidance=None, mask_id=None, eos_id=None, stop_on_eos=True)
+    canvas, parts, _ = bundled._prepare([[1] * 192] * 8, options, max_new_tokens=320, align=False)
+    arguments = bundled._arguments(canvas, parts, options, key=0, row_ids=None)
+    compiled = jax.jit(_denoise).lower(*arguments).compile().memory_analysis()
+    estimate = bundled.memory_estimate(8, canvas.length, recipe=DUAL, block_length=64)
+    measured = compiled.temp_size_in_bytes + estimate.parameters
+    assert 0.5 * measured < estimate.total < 2.0 * measured, (estimate, measured)
+
+
+def test_bucket_sizes():
+    assert [bucket_size(n, minimum=1) for n in (0, 1, 2, 3, 4, 5, 6, 7, 9, 13)] == [1, 1, 2, 3, 4, 6, 6, 8, 12, 16]
+    assert bucket_size(3, minimum=16) == 16
+    for size in range(1, 2000):
+        assert size <= bucket_size(size, minimum=1) <= max(1.5 * size, 1)
+
+
+WRONG = [
+    ({"prompts": []}, "prompts: got an empty list"),
+    ({"prompts": None}, "prompts: got None"),
+    ({"prompts": ["text"]}, "prompts[0]: got text, but this checkpoint has no tokenizer"),
+    ({"prompts": [[160]]}, "prompts[0]: got token id 160; allowed 0 to 159"),
+    ({"prompts": [[-1]]}, "prompts[0]: got token id -1"),
+    ({"prompts": [[1.5]]}, "prompts[0]: got [1.5]"),
+    ({"prompts": [[True]]}, "prompts[0]: got [True]"),
+    ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
+    ({"max_new_tokens": 9000}, "max_new_tokens: got 9000"),
+    ({"block_length": 0}, "block_length: got 0"),
+    ({"temperature": -0.1}, "temperature: got -0.1"),
+    ({"temperature": float("nan")}, "temperature: got nan"),
+    ({"temperature": "hot"}, "temperature: got 'hot'"),
+    ({"top_k": 0}, "top_k: got 0"),
+    ({"top_p": 0.0}, "top_p: got 0.0"),
+    ({"top_p": 1.5}, "top_p: got 1.5"),
+    ({"min_p": 2.0}, "min_p: got 2.0"),
+    ({"guidance": float("inf")}, "guidance: got inf"),
+    ({"recipe": "dinfer"}, "recipe: got a str"),
+    ({"mask_id": 160}, "mask_id: got 160"),
+    ({"mask_id": None}, "mask_id: neither the checkpoint"),
+    ({"eos_id": []}, "eos_id: got an empty list"),
+    ({"eos_id": [1, 999]}, "eos_id: got 999"),
+    ({"row_ids": [1, 2, 3]}, "row_ids: got 3 ids"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
+def test_wrong_arguments_are_named(golden_lm, change, message):
+    arguments = {"prompts": [[1, 2]], "recipe": DUAL, **SHAPE} | change
+    before = golden_lm.compile_count
+    with pytest.raises(ValueError, match=r".") as caught:
+        golden_lm.generate(arguments.pop("prompts"), **arguments)
+    assert str(caught.value).startswith(message)
+    assert golden_lm.compile_count == before
+
+
+def test_recipes_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match="cache: got 'tripel'; allowed: none, prefix, dual"):
+        recipes.fast_dllm(cache="tripel")
+
+
+def test_eight_devices_give_the_tokens_of_one():
+    """Weights sharded over a mesh of fake devices: a fresh process, because the count is fixed at start."""
+    code = textwrap.dedent("""
+        import jax, numpy as np, djax
+        from jax.sharding import AxisType
+        arguments = dict(recipe=djax.recipes.fast_dllm(threshold=0.6), max_new_tokens=8, block_length=8)
+        prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+        one = djax.load(dtype="float32").generate(prompts, **arguments)
+        mesh = jax.make_mesh((4, 2), ("tensor", "expert"), axis_types=(AxisType.Auto,) * 2)
+        lm = djax.load(dtype="float32", mesh=mesh)
+        shards = {len({shard.index for shard in leaf.addressable_shards}) for leaf in jax.tree.leaves(lm.params)}
+        many = lm.generate(prompts, **arguments)
+        assert shards >= {1, 4}, shards
+        np.testing.assert_array_equal(one.canvas, many.canvas)
+        np.testing.assert_array_equal(one.commit_step, many.commit_step)
+        np.testing.assert_array_equal(one.nfe, many.nfe)
+        print("equal on", jax.device_count())
+    """)
+    import os
+
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+    assert done.stdout.strip() == "equal on 8", done.stderr[-2000:]

@@ -1,0 +1,45 @@
+"""Every recorded dInfer trace, token for token and forward for forward."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.conftest import GOLDENS
+from tests.replay_goldens import main, read_cases, replay
+
+CASES = read_cases(GOLDENS)
+
+
+def _program(case):
+    """Cases that run the same compiled program: they are replayed together."""
+    return "-".join(str(case[name]) for name in ("algo", "decoder", "cache", "block_length", "before", "align"))
+
+
+PROGRAMS = sorted({_program(case) for case in CASES})
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_tokens_and_nfe_equal_dinfer(golden_lm, program):
+    problems = {}
+    for number, case in enumerate(CASES, start=1):
+        if _program(case) == program and (problem := replay(golden_lm, case)) is not None:
+            problems[number] = problem
+    assert not problems
+
+
+def test_all_cases_are_covered():
+    assert len(CASES) == 359
+    assert sum(_program(case) == program for program in PROGRAMS for case in CASES) == 359
+
+
+def test_the_command_notices_a_difference(tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((GOLDENS / name).read_bytes())
+    case = CASES[0]
+    wrong = case | {"tokens": [*case["tokens"][:-1], (case["tokens"][-1] + 1) % 150]}
+    slow = case | {"steps": case["steps"] + 1}
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (case, wrong, slow)))
+    assert main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 2 failed"
