@@ -1,0 +1,330 @@
+"""The command line. jax is imported inside the commands, so that help and wrong flags answer at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from djax.cli_errors import OneLineGroup, WrongInput, shown
+from djax.cli_options import LengthFlags, ModelFlags, RecipeFlags, SamplingFlags, with_flags
+
+if TYPE_CHECKING:
+    from djax.api import DiffusionLM
+    from djax.generation import StreamStep
+
+_ARGUMENT = re.compile(r"(max_new_tokens|block_length|temperature|top_[kp]|min_p|guidance|mask_id|eos_id|dtype)\b")
+DTYPES = ("bfloat16", "float16", "float32")
+
+app = typer.Typer(
+    cls=OneLineGroup, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Masked-diffusion language models in JAX.", context_settings={"help_option_names": ["-h", "--help"]})
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object per prompt on standard output.")]
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint directory or hub id.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def main() -> None:
+    """Run the command line; exits with 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context, *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Masked-diffusion language models in JAX."""
+    if version:
+        import djax
+
+        print(f"djax {djax.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+@app.command()
+@with_flags(length=LengthFlags, sampling=SamplingFlags, flags=RecipeFlags, model=ModelFlags)
+def generate(
+    prompt: Annotated[list[str] | None, typer.Argument(
+        metavar="PROMPT", help="Text; several make a batch; - or nothing reads standard input.")] = None,
+    *,
+    messages: Annotated[str | None, typer.Option(
+        "--messages", metavar="FILE", help="JSON file (- is standard input) with chat messages, or a list of "
+        "conversations.")] = None,
+    token_ids: Annotated[str | None, typer.Option(
+        "--token-ids", metavar="FILE", help="JSON file (- is standard input) with a list of token ids, or a list "
+        "of lists.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Take PROMPT as it is, without the chat template.")] = False,
+    json: Json = False,
+    live: Annotated[bool | None, typer.Option(
+        "--live/--no-live", help="Show the canvas while it is denoised; on by default on a terminal.")] = None,
+    length: LengthFlags, sampling: SamplingFlags, flags: RecipeFlags, model: ModelFlags,
+) -> None:
+    """Complete prompts.
+
+    A plain text goes through the chat template as one user message, unless --raw is given.
+    """
+    live = _wants_live(live, json=json)
+    _check_sampling(sampling)
+    _at_least("--max-new-tokens", length.max_new_tokens, 1)
+    from djax.cli_input import read_prompts
+    from djax.cli_output import print_json, print_texts
+
+    prompts = read_prompts(prompt, messages=messages, token_ids=token_ids, raw=raw)
+    arguments = _arguments(flags, sampling) | {
+        "max_new_tokens": length.max_new_tokens, "stop_on_eos": not length.no_stop, "align": length.align}
+    lm = _load(model)
+    with _fields_as_flags():
+        if live:
+            _generate_live(lm, lm.stream(prompts, **arguments), sampling.block_length)
+            return
+        generation = lm.generate(prompts, **arguments)
+    if json:
+        print_json(generation)
+    else:
+        print_texts(generation.text, generation.tokens)
+
+
+@app.command()
+@with_flags(sampling=SamplingFlags, flags=RecipeFlags, model=ModelFlags)
+def infill(
+    template: Annotated[str | None, typer.Argument(
+        metavar="TEMPLATE", help="Text with \\[MASK:n] where n tokens are to be filled in; - or nothing reads "
+        "standard input.")] = None,
+    *,
+    token_ids: Annotated[str | None, typer.Option(
+        "--token-ids", metavar="FILE", help="JSON file (- is standard input) with token ids, null where one is to "
+        "be filled in.")] = None,
+    json: Json = False,
+    sampling: SamplingFlags, flags: RecipeFlags, model: ModelFlags,
+) -> None:
+    """Fill in the masked positions of a text; everything else stays as it is."""
+    _check_sampling(sampling)
+    from djax.cli_input import read_masked_ids, read_stdin, read_template
+    from djax.cli_output import print_json, print_texts
+
+    if template is not None and token_ids is not None:
+        raise WrongInput("--token-ids", "TEMPLATE and --token-ids together", allowed="one of them", do="drop one")
+    if token_ids is None and template in (None, "-"):
+        template = read_stdin("TEMPLATE")
+    arguments = _arguments(flags, sampling)
+    lm = _load(model)
+    # What stands at a masked position is never read: any id of the vocabulary will do.
+    placeholder = lm.config.mask_id or 0
+    with _fields_as_flags():
+        if token_ids is not None:
+            rows, masks = read_masked_ids(token_ids, mask_id=placeholder)
+        else:
+            ids, mask = read_template(template or "", lm.tokenizer, mask_id=placeholder)
+            rows, masks = [ids], [mask]
+        generation = lm.infill(rows, masks, **arguments)
+    if json:
+        print_json(generation)
+    else:
+        print_texts(generation.text, generation.tokens)
+
+
+@app.command()
+def convert(
+    source: Source,
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Directory to write.")],
+    *,
+    dtype: Annotated[str | None, typer.Option(
+        "--dtype", help="bfloat16, float16 or float32; the checkpoint's own if not given.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace DST if it exists.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Convert a Hugging Face checkpoint to djax's own format (Orbax), which loads faster."""
+    _check_dtype(dtype)
+    import convert as converter
+
+    with _terminable(), _progress("converting") as progress:
+        written = converter.convert(source, destination, dtype=dtype, overwrite=force, progress=progress)
+    print(written)
+
+
+@app.command()
+def inspect(source: Source, *, json: Json = False, debug: Debug = False) -> None:
+    """Show a checkpoint: configuration, parameter count, bytes, and what its keys map to."""
+    from convert import resolve_source
+    from convert.checkpoint import is_converted
+    from djax.cli_output import print_summary
+
+    directory = resolve_source(source)
+    print_summary((_converted if is_converted(directory) else _hugging_face)(directory), as_json=json)
+
+
+def _hugging_face(directory: Path) -> dict[str, Any]:
+    """What a Hugging Face directory holds, from its headers."""
+    import convert as converter
+    from convert.mapping import FLOAT_DTYPES
+    from convert.safetensors_io import SafetensorsReader
+
+    described = converter.describe(directory)
+    per_dtype: Counter[str] = Counter()
+    with SafetensorsReader(directory) as reader:
+        for tensor in reader.tensors.values():
+            per_dtype[FLOAT_DTYPES.get(tensor.dtype, tensor.dtype)] += tensor.nbytes
+    return {
+        "directory": str(directory), "format": "huggingface", "config": dataclasses.asdict(described.config),
+        "parameter_count": sum(math.prod(parameter.shape) for parameter in described.parameters),
+        "bytes": described.nbytes, "bytes_per_dtype": dict(per_dtype), "files": list(described.files),
+        "parameters": [{"name": parameter.name, "shape": list(parameter.shape), "axes": list(parameter.axes),
+                        "keys": list(parameter.keys)} for parameter in described.parameters],
+        "ignored": list(described.ignored)}
+
+
+def _converted(directory: Path) -> dict[str, Any]:
+    """What a directory written by `djax convert` holds, from its manifest."""
+    import jax.numpy as jnp
+
+    from convert import model_config
+    from convert.checkpoint import read_manifest
+
+    manifest = read_manifest(directory)
+    shapes = manifest["parameters"]
+    count = sum(math.prod(shape) for shape in shapes.values())
+    dtype = manifest["dtype"]
+    nbytes = count * jnp.dtype(dtype).itemsize
+    config = dataclasses.replace(model_config(manifest["config"]), dtype=dtype)
+    return {
+        "directory": str(directory), "format": "djax", "config": dataclasses.asdict(config),
+        "parameter_count": count, "bytes": nbytes, "bytes_per_dtype": {dtype: nbytes},
+        "files": list(manifest["files"]),
+        "parameters": [{"name": name, "shape": list(shape), "axes": None, "keys": [name]}
+                       for name, shape in shapes.items()],
+        "ignored": []}
+
+
+def _arguments(flags: RecipeFlags, sampling: SamplingFlags) -> dict[str, Any]:
+    """Keyword arguments that `generate`, `stream` and `infill` share."""
+    from djax.cli_recipe import build_recipe
+
+    return {
+        "recipe": build_recipe(flags), "block_length": sampling.block_length, "temperature": sampling.temperature,
+        "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p, "guidance": sampling.guidance,
+        "key": sampling.seed}
+
+
+def _load(model: ModelFlags) -> DiffusionLM:
+    _check_dtype(model.dtype)
+    from djax.api import load
+
+    with _fields_as_flags(), _progress("loading") as progress:
+        return load(model.model, dtype=model.dtype, mask_id=model.mask_id, eos_id=model.eos_id, progress=progress)
+
+
+def _generate_live(lm: DiffusionLM, steps: Iterator[StreamStep], block_length: int) -> None:
+    """Draw the stream, then print the completions and, on standard error, what they took."""
+    from djax.cli_output import Collector, print_texts
+    from djax.live import LiveCanvas
+
+    collected = Collector()
+    view = LiveCanvas(tokenizer=lm.tokenizer, block_length=block_length)
+    last = view.run(collected.take(steps))
+    print_texts(collected.texts, collected.tokens)
+    if last is not None:
+        sys.stdout.flush()
+        print(view.status(last), file=sys.stderr)
+
+
+def _wants_live(live: bool | None, *, json: bool) -> bool:
+    terminal = sys.stdout.isatty()
+    if live and json:
+        raise WrongInput("--live", "it with --json", allowed="one of them", do="drop one")
+    if live and not terminal:
+        raise WrongInput("--live", "it with an output that is not a terminal", allowed="a terminal",
+                         do="drop --live or run it in a terminal")
+    return terminal and not json if live is None else live
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise WrongInput("--dtype", shown(dtype), allowed=", ".join(DTYPES), do="pick one of them")
+
+
+def _check_sampling(sampling: SamplingFlags) -> None:
+    """Wrong numbers are refused before jax is imported and a model is loaded."""
+    _at_least("--block-length", sampling.block_length, 1)
+    if sampling.top_k is not None:
+        _at_least("--top-k", sampling.top_k, 1)
+    if not 0 <= sampling.seed < 2**32:
+        raise WrongInput("--seed", sampling.seed, allowed=f"an integer from 0 to {2**32 - 1}",
+                         do="give one in that range")
+    for name, value, low, high in (
+            ("--temperature", sampling.temperature, 0.0, math.inf), ("--top-p", sampling.top_p, 0.0, 1.0),
+            ("--min-p", sampling.min_p, 0.0, 1.0), ("--guidance", sampling.guidance, -1.0, math.inf)):
+        if value is not None and not (math.isfinite(value) and low <= value <= high):
+            span = f"a finite number of at least {low:g}" + ("" if math.isinf(high) else f" and at most {high:g}")
+            raise WrongInput(name, value, allowed=span, do="give one in that range")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if not least <= value < 2**31:
+        raise WrongInput(name, value, allowed=f"an integer of at least {least}", do="give one in that range")
+
+
+@contextmanager
+def _fields_as_flags() -> Iterator[None]:
+    """The API names arguments; a user of the command line has typed flags."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        named = _ARGUMENT.match(message)
+        if named is None:
+            raise
+        flag = "--" + named[1].replace("_", "-")
+        message = flag + message[named.end():].replace(f"pass {named[1]}=", f"give {flag}")
+        raise ValueError(message if message.count(";") > 1 else f"{message}; change it") from error
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on standard error where that is a terminal; None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield progress
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A terminated conversion cleans up like an interrupted one."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What the commands write: text, or one JSON object per prompt."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from djax.generation import Generation, StreamStep
+from djax.live import printable
+
+
+def print_texts(texts: Sequence[str] | None, tokens: Sequence[np.ndarray]) -> None:
+    """One completion after the other; token ids where there is no text. Made printable for a terminal."""
+    for index, row in enumerate(tokens):
+        text = " ".join(map(str, row.tolist())) if texts is None else texts[index]
+        write_line(printable(text) if sys.stdout.isatty() else text)
+
+
+def print_json(generation: Generation) -> None:
+    """One JSON object per line and prompt."""
+    for row in range(len(generation.tokens)):
+        write_line(json.dumps(json_row(generation, row), ensure_ascii=False, allow_nan=False))
+
+
+def json_row(generation: Generation, row: int) -> dict[str, Any]:
+    """A row of a generation as JSON values.
+
+    `tokens` is the completion (the whole row for infilling); `canvas` has every real position of the row,
+    prompt included, and `positions` the indices in it that were generated. `commit_step` and `log_prob`
+    go with `positions`. What is not finite becomes null.
+    """
+    valid = generation.canvas_mask[row]
+    is_open = generation.is_open[row]
+    return {
+        "index": row,
+        "text": None if generation.text is None else generation.text[row],
+        "tokens": generation.tokens[row].tolist(),
+        "length": int(generation.lengths[row]),
+        "nfe": int(generation.nfe[row]),
+        "refreshes": int(generation.refreshes[row]),
+        "tokens_per_forward": _finite(generation.tokens_per_forward[row]),
+        "stop_reason": generation.stop_reason[row],
+        "masked_left": int((generation.is_masked[row] & is_open).sum()),
+        "canvas": generation.canvas[row][valid].tolist(),
+        "positions": np.flatnonzero(is_open[valid]).tolist(),
+        "commit_step": generation.commit_step[row][is_open].tolist(),
+        "log_prob": [_finite(value) for value in generation.log_prob[row][is_open]],
+    }
+
+
+def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
+    """What `djax inspect` found: as one JSON object, or as text with the layers and experts folded."""
+    if as_json:
+        write_line(json.dumps(summary, ensure_ascii=False))
+        return
+    write_line(printable(f"{summary['directory']} ({summary['format']})"))
+    write_line(f"parameters: {summary['parameter_count']:,}")
+    parts = ", ".join(f"{name} {count:,}" for name, count in sorted(summary["bytes_per_dtype"].items()))
+    write_line(f"bytes: {summary['bytes']:,} ({parts})")
+    write_line("config:")
+    for name, value in summary["config"].items():
+        write_line(printable(f"  {name}: {value}"))
+    write_line("parameters and the keys that fill them:")
+    for line in _folded(summary["parameters"]):
+        write_line(printable(line))
+    write_line("ignored keys: " + (printable(", ".join(summary["ignored"])) or "none"))
+
+
+def _folded(parameters: Sequence[dict[str, Any]]) -> list[str]:
+    """One line per kind of parameter: numbers in names become *, and how often each stands there is counted."""
+    leaves: Counter[tuple[str, str]] = Counter()
+    keys: dict[tuple[str, str], Counter[str]] = {}
+    for parameter in parameters:
+        axes = parameter["axes"] or [None] * len(parameter["shape"])
+        shape = ", ".join(f"{size} {axis}" if axis else str(size)
+                          for size, axis in zip(parameter["shape"], axes, strict=True))
+        kind = (_starred(parameter["name"]), f"[{shape}]")
+        leaves[kind] += 1
+        keys.setdefault(kind, Counter()).update(_starred(key) for key in parameter["keys"])
+    return [
+        f"  {_times(count)}{name} {shape} <- " + ", ".join(f"{_times(n)}{key}" for key, n in keys[name, shape].items())
+        for (name, shape), count in leaves.items()]
+
+
+def _starred(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _times(count: int) -> str:
+    return f"{count} x " if count > 1 else ""
+
+
+class Collector:
+    """Gathers the completions of a stream on its way to a viewer."""
+
+    def __init__(self) -> None:
+        self.tokens: list[np.ndarray] = []
+        self.texts: list[str] | None = None
+
+    def take(self, steps: Iterable[StreamStep]) -> Iterator[StreamStep]:
+        """The same steps, remembered."""
+        for step in steps:
+            if not self.tokens:
+                self.tokens = [np.zeros(0, np.int32) for _ in step.committed]
+                self.texts = None if step.text is None else [""] * len(step.committed)
+            self.tokens = [np.concatenate(pair) for pair in zip(self.tokens, step.committed, strict=True)]
+            if self.texts is not None and step.text is not None:
+                self.texts = ["".join(pair) for pair in zip(self.texts, step.text, strict=True)]
+            yield step
+
+
+def write_line(text: str) -> None:
+    """A line on standard output: as UTF-8 into a pipe or file, as the terminal can show it on a terminal."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None and (sys.stdout.encoding or "").lower().replace("-", "") != "utf8":
+        reconfigure(**({"errors": "replace"} if sys.stdout.isatty() else {"encoding": "utf-8"}))
+    sys.stdout.write(text + "\n")
+
+
+def _finite(value: Any) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None

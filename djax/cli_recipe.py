@@ -1,0 +1,191 @@
+"""Flags to a `Recipe`: start from a published one, replace the parts that flags name.
+
+The numbers of the recipes stay in `djax.recipes`: its functions' signatures give the defaults, and its
+functions build the parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from djax import recipes
+from djax.cache_policies import Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
+from djax.cli_errors import WrongInput, shown
+from djax.cli_options import RecipeFlags
+from djax.recipes import Recipe
+from djax.smoothing import HardTokens
+from djax.strategies import Factor, Hierarchical, Quota, RandomOrder, Remasking, Threshold
+from djax.transforms import Credit, Identity
+from djax.types import CachePolicy, Strategy
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "llada": recipes.llada,
+    "fast_dllm": recipes.fast_dllm,
+    "dinfer": recipes.dinfer,
+    "dinfer_credit": recipes.dinfer_credit,
+    "dinfer_hierarchical": recipes.dinfer_hierarchical,
+}
+STRATEGIES: dict[str, type] = {"threshold": Threshold, "quota": Quota, "factor": Factor, "hierarchical": Hierarchical}
+CACHES: dict[str, type] = {"none": NoCache, "prefix": Prefix, "dual": Dual, "vicinity": Vicinity}
+MASK_TOKENS = ("forbid", "refuse")
+
+_STRATEGY_FLAGS = {"threshold": "threshold", "steps": "quota", "factor": "factor", "high": "hierarchical",
+                   "low": "hierarchical"}
+_CACHE_FLAGS = {"before": ("vicinity",), "after": ("vicinity",), "warmup": ("prefix", "dual", "vicinity"),
+                "refresh_every": ("prefix", "dual", "vicinity")}
+_CREDIT_FLAGS = ("credit_alpha", "credit_beta", "credit_gamma")
+_PROBABILITIES = ("threshold", "high", "low", "remask", "smoothing", "credit_beta")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    """What a recipe is made of, by name, and the numbers that it sets."""
+
+    strategy: str
+    cache: str
+    smoothing: float
+    credit: bool
+    numbers: dict[str, Any]
+
+
+def build_recipe(flags: RecipeFlags) -> Recipe:
+    """The recipe that the flags ask for.
+
+    Raises:
+        WrongInput: an unknown name, a number out of range, or a flag that the chosen parts have no use for.
+    """
+    _check_numbers(flags)
+    base = _read(_choice("recipe", flags.recipe, RECIPES))
+    strategy = base.strategy if flags.strategy is None else _choice("strategy", flags.strategy, STRATEGIES)
+    cache = base.cache if flags.cache is None else _choice("cache", flags.cache, CACHES)
+    credit = base.credit if flags.credit is None else flags.credit
+    _check_use(flags, strategy=strategy, cache=cache, credit=credit)
+    smoothing = base.smoothing if flags.smoothing is None else flags.smoothing
+    recipe = Recipe(
+        strategy=_wrapped(flags, _strategy(flags, strategy, base, smoothing)),
+        cache_policy=_cache_policy(flags, cache, base),
+        transform=_credit(flags, base) if credit else Identity(),
+        smoothing=recipes.dinfer(smoothing=smoothing).smoothing if smoothing else HardTokens())
+    if flags.mask_token is not None:
+        mask_token = _choice("mask_token", flags.mask_token, MASK_TOKENS)
+        recipe = dataclasses.replace(recipe, mask_token="forbid" if mask_token == "forbid" else "refuse")
+    return recipe
+
+
+def flag(name: str) -> str:
+    """`refresh_every` -> `--refresh-every`."""
+    return "--" + name.replace("_", "-")
+
+
+def _choice(name: str, value: str, allowed: Any) -> str:
+    plain = value.strip().lower().replace("-", "_")
+    if plain not in allowed:
+        raise WrongInput(flag(name), shown(value), allowed=", ".join(allowed), do="pick one of them")
+    return plain
+
+
+def _read(name: str) -> _Base:
+    """The names of a recipe's parts from the parts themselves, its numbers from its function's defaults."""
+    built = RECIPES[name]()
+    numbers = _defaults(RECIPES[name])
+    policy = built.cache_policy
+    while isinstance(policy, WithWarmup | Periodic):
+        policy = policy.policy
+    soft = built.smoothing.soft
+    return _Base(
+        strategy=next(key for key, kind in STRATEGIES.items() if isinstance(built.strategy, kind)),
+        cache=next(key for key, kind in CACHES.items() if isinstance(policy, kind)),
+        smoothing=numbers["smoothing"] if soft else 0.0, credit=isinstance(built.transform, Credit),
+        numbers={key: value for key, value in numbers.items() if key not in ("cache", "smoothing", "factor")})
+
+
+def _defaults(function: Any) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+def _check_numbers(flags: RecipeFlags) -> None:
+    for name in _PROBABILITIES:
+        value = getattr(flags, name)
+        if value is not None and not 0 <= value <= 1:
+            raise WrongInput(flag(name), value, allowed="a number from 0 to 1", do="give one in that range")
+    for name in ("factor", "credit_alpha", "credit_gamma"):
+        value = getattr(flags, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise WrongInput(flag(name), value, allowed="a finite number of at least 0", do="give one in that range")
+    for name, least in (("steps", 1), ("refresh_every", 1), ("before", 0), ("after", 0), ("warmup", 0)):
+        value = getattr(flags, name)
+        if value is not None and not least <= value < 2**31:
+            raise WrongInput(flag(name), value, allowed=f"an integer of at least {least}", do="give one in that range")
+
+
+def _check_use(flags: RecipeFlags, *, strategy: str, cache: str, credit: bool) -> None:
+    """Refuse flags that would have no effect."""
+    for name, owner in _STRATEGY_FLAGS.items():
+        value = getattr(flags, name)
+        if value is not None and strategy != owner:
+            raise WrongInput(flag(name), f"{value} with strategy {strategy}", allowed=f"with strategy {owner}",
+                             do=f"add --strategy {owner} or drop {flag(name)}")
+    for name, owners in _CACHE_FLAGS.items():
+        value = getattr(flags, name)
+        if value is not None and cache not in owners:
+            raise WrongInput(flag(name), f"{value} with cache {cache}", allowed=f"with cache {' or '.join(owners)}",
+                             do=f"add --cache {owners[-1]} or drop {flag(name)}")
+    for name in _CREDIT_FLAGS:
+        value = getattr(flags, name)
+        if value is not None and not credit:
+            raise WrongInput(flag(name), f"{value} without credit decoding", allowed="with --credit",
+                             do=f"add --credit or drop {flag(name)}")
+
+
+def _strategy(flags: RecipeFlags, name: str, base: _Base, smoothing: float) -> Strategy:
+    weight = smoothing or None
+    if name == "quota":
+        return recipes.llada(steps_per_block=flags.steps).strategy
+    if name == "factor":
+        if flags.factor is None:
+            raise WrongInput("--factor", "nothing with strategy factor", allowed="a number of at least 0",
+                             do="give it, for example --factor 1.5")
+        return Factor(flags.factor)
+    if name == "threshold":
+        default = base.numbers.get("threshold", _defaults(recipes.dinfer)["threshold"])
+        return recipes.dinfer(threshold=_or(flags.threshold, default), smoothing=weight).strategy
+    published = _defaults(recipes.dinfer_hierarchical)
+    high, low = (_or(getattr(flags, key), base.numbers.get(key, published[key])) for key in ("high", "low"))
+    if low > high:
+        raise WrongInput("--low", low, allowed=f"at most --high, {high}", do="lower it or raise --high")
+    return recipes.dinfer_hierarchical(high=high, low=low, smoothing=weight).strategy
+
+
+def _wrapped(flags: RecipeFlags, strategy: Strategy) -> Strategy:
+    # Random order inside: remasking has to see the real probabilities, not the random scores.
+    if flags.random_order:
+        strategy = RandomOrder(strategy)
+    return strategy if flags.remask is None else Remasking(strategy, flags.remask)
+
+
+def _cache_policy(flags: RecipeFlags, name: str, base: _Base) -> CachePolicy:
+    """The cache policy; a recipe's own numbers hold for its own policy only, not for one that replaces it."""
+    numbers = base.numbers if name == base.cache else {}
+    policy: CachePolicy = CACHES[name]()
+    if name == "vicinity":
+        published = _defaults(recipes.dinfer)
+        policy = Vicinity(**{key: _or(getattr(flags, key), numbers.get(key, published[key]))
+                             for key in ("before", "after")})
+    if flags.refresh_every is not None:
+        policy = Periodic(policy, flags.refresh_every)
+    warmup = _or(flags.warmup, numbers.get("warmup", 0)) if name != "none" else 0
+    return WithWarmup(policy, warmup) if warmup else policy
+
+
+def _credit(flags: RecipeFlags, base: _Base) -> Credit:
+    published = _defaults(recipes.dinfer_credit)
+    return Credit(**{key: _or(getattr(flags, f"credit_{key}"), base.numbers.get(key, published[key]))
+                     for key in ("alpha", "beta", "gamma")})
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
