@@ -127,7 +127,21 @@ def advance(
     def more(state: DenoiseState) -> Bool[Array, ""]:
         return (state.iterations < last) & (_work(canvas, state) & blocks).any()
 
-    return lax.while_loop(more, partial(denoising_step, denoiser, params, canvas, parts), state)
+    def refresh_is_next(state: DenoiseState) -> Bool[Array, ""]:
+        _, info, _ = _enter_block(canvas, parts, state)
+        return parts.cache_policy.plan(info, canvas.length, canvas.block_length).refresh
+
+    step = partial(denoising_step, denoiser, params, canvas, parts)
+    window = parts.cache_policy.window_length(canvas.length, canvas.first_block, canvas.block_length)
+    if window is None or window == canvas.length:
+        return lax.while_loop(more, partial(step, canvas.length), state)
+
+    def phase(state: DenoiseState) -> DenoiseState:
+        # Two inner loops and not a conditional: XLA would copy the whole cache around that at every step.
+        state = lax.while_loop(lambda now: more(now) & refresh_is_next(now), partial(step, canvas.length), state)
+        return lax.while_loop(lambda now: more(now) & ~refresh_is_next(now), partial(step, window), state)
+
+    return lax.while_loop(more, phase, state)
 
 
 def finish(canvas: Canvas, state: DenoiseState, *, parts: Parts) -> Result:
@@ -146,12 +160,17 @@ def finish(canvas: Canvas, state: DenoiseState, *, parts: Parts) -> Result:
 
 
 def denoising_step(
-    denoiser: Denoiser, params: Params, canvas: Canvas, parts: Parts, state: DenoiseState
+    denoiser: Denoiser, params: Params, canvas: Canvas, parts: Parts, width: int, state: DenoiseState
 ) -> DenoiseState:
-    """One forward and one decision, for every row that has something to do in the current block."""
+    """One forward and one decision, for every row that has something to do in the current block.
+
+    `width` is T or the cache policy's window: how many positions the forward computes. It has to be T where
+    the policy's plan asks for a refresh.
+    """
     state, info, active = _enter_block(canvas, parts, state)
     plan = parts.cache_policy.plan(info, canvas.length, canvas.block_length)
-    logits, cache, expected, recomputed = _forward(denoiser, params, canvas, parts, state, info, plan, active)
+    logits, cache, expected, recomputed = _forward(
+        denoiser, params, canvas, state, info, plan, active, width=width, soft=parts.smoothing.soft)
     state = dataclasses.replace(
         state, cache=cache, step=state.step + active, nfe=state.nfe + active * denoiser.forwards,
         refreshes=state.refreshes + (active & plan.refresh), step_in_block=state.step_in_block + 1,
@@ -195,37 +214,24 @@ def _enter_block(
 
 
 def _forward(
-    denoiser: Denoiser, params: Params, canvas: Canvas, parts: Parts, state: DenoiseState, info: StepInfo,
-    plan: Plan, active: Bool[Array, "B"],
+    denoiser: Denoiser, params: Params, canvas: Canvas, state: DenoiseState, info: StepInfo, plan: Plan,
+    active: Bool[Array, "B"], *, width: int, soft: bool,
 ) -> tuple[Logits, Cache | None, Float[Array, "B T D"] | None, Bool[Array, "B T"]]:
     """The block's logits, the cache, the expected embeddings (if smoothing asks), and what was recomputed."""
-    length, soft = canvas.length, parts.smoothing.soft
-    window = parts.cache_policy.window_length(length, canvas.first_block, canvas.block_length)
-
-    def run(width: int, cache: Cache | None) -> tuple[Logits, Cache | None, Float[Array, "B T D"] | None]:
-        start = jnp.int32(0) if width == length else jnp.clip(plan.start, 0, length - width)
-        column = start + jnp.arange(width)
-        inside = plan.refresh | ((column >= plan.start) & (column < plan.end))
-        inputs = (denoiser.embed(params, _columns(state.tokens, start, width)) if state.inputs is None
-                  else _columns(state.inputs, start, width))
-        hidden, cache = denoiser.apply(
-            params, inputs, positions=_columns(canvas.positions, start, width), key_mask=canvas.valid,
-            window_start=start, write=_columns(canvas.valid, start, width) & inside & active[:, None], cache=cache)
-        logits, expected = _read_head(
-            denoiser, params, hidden, offset=info.block_start - start, block_length=canvas.block_length, soft=soft)
-        if expected is not None:
-            blank = jnp.zeros((canvas.batch, length, expected.shape[-1]), expected.dtype)
-            expected = lax.dynamic_update_slice(blank, expected, (0, start, 0))
-        return logits, cache, expected
-
-    if window is None or window == length:
-        logits, cache, expected = run(length, state.cache)
-    else:
-        logits, cache, expected = lax.cond(
-            plan.refresh, partial(run, length), partial(run, window), state.cache)
-    column = jnp.arange(length)
-    recomputed = plan.refresh | ((column >= plan.start) & (column < plan.end))
-    return logits, cache, expected, canvas.valid & recomputed
+    start = jnp.clip(plan.start, 0, canvas.length - width)
+    column = jnp.arange(canvas.length)
+    recomputed = canvas.valid & (plan.refresh | ((column >= plan.start) & (column < plan.end)))
+    inputs = (denoiser.embed(params, _columns(state.tokens, start, width)) if state.inputs is None
+              else _columns(state.inputs, start, width))
+    hidden, cache = denoiser.apply(
+        params, inputs, positions=_columns(canvas.positions, start, width), key_mask=canvas.valid,
+        window_start=start, write=_columns(recomputed, start, width) & active[:, None], cache=state.cache)
+    logits, expected = _read_head(
+        denoiser, params, hidden, offset=info.block_start - start, block_length=canvas.block_length, soft=soft)
+    if expected is not None:
+        blank = jnp.zeros((canvas.batch, canvas.length, expected.shape[-1]), expected.dtype)
+        expected = lax.dynamic_update_slice(blank, expected, (0, start, 0))
+    return logits, cache, expected, recomputed
 
 
 def _read_head(

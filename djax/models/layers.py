@@ -22,6 +22,19 @@ def contract(
     return result.astype(left.dtype if dtype is None else dtype)
 
 
+def to_heads(x: Float[Array, "B W D"], weight: Float[Array, "H K D"]) -> Float[Array, "B W H K"]:
+    """Project to heads. As one matrix: XLA transposes a copy of a three-axis weight at every call on CPU."""
+    heads, width, model = weight.shape
+    projected = contract("bwd,nd->bwn", x, weight.reshape(heads * width, model))
+    return projected.reshape(*x.shape[:2], heads, width)
+
+
+def from_heads(x: Float[Array, "B W H K"], weight: Float[Array, "D H K"]) -> Float[Array, "B W D"]:
+    """Project back from heads, as one matrix too."""
+    batch, window, heads, width = x.shape
+    return contract("bwn,dn->bwd", x.reshape(batch, window, heads * width), weight.reshape(-1, heads * width))
+
+
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], *, eps: float) -> Float[Array, "... D"]:
     """Root mean square norm (arXiv 1910.07467): the variance in float32, the weight applied in x's dtype."""
     wide = x.astype(jnp.float32)

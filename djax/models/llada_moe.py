@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from djax.cache import KVCache, LayerCache
 from djax.config import LladaMoeConfig
-from djax.models.layers import attend, contract, rms_norm, rotary_angles, rotate
+from djax.models.layers import attend, contract, from_heads, rms_norm, rotary_angles, rotate, to_heads
 from djax.models.moe import MixtureOfExperts
 from djax.models.parameters import normal, ones
 
@@ -47,15 +47,15 @@ class Attention(nnx.Module):
         """The block's output, without the residual, and the cache after the window was written."""
         cos, sin = rotary_angles(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         eps = self.config.rms_norm_eps
-        query = rms_norm(contract("bwd,hkd->bwhk", x, self.query[...]), self.query_norm[...], eps=eps)
-        key = rms_norm(contract("bwd,gkd->bwgk", x, self.key[...]), self.key_norm[...], eps=eps)
-        value = contract("bwd,gkd->bwgk", x, self.value[...])
+        query = rms_norm(to_heads(x, self.query[...]), self.query_norm[...], eps=eps)
+        key = rms_norm(to_heads(x, self.key[...]), self.key_norm[...], eps=eps)
+        value = to_heads(x, self.value[...])
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             cache = cache.write(key, value, window_start=window_start, write=write)
             key, value = cache.key, cache.value
         mixed = attend(query, key, value, key_mask=key_mask)
-        return contract("bwhk,dhk->bwd", mixed, self.output[...]), cache
+        return from_heads(mixed, self.output[...]), cache
 
 
 class Layer(nnx.Module):
