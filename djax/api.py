@@ -64,8 +64,8 @@ def load(
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        convert.CheckpointError: (a ValueError) the checkpoint is damaged, incomplete or unsupported.
-        FileNotFoundError: there is no such directory, and no hub to ask.
+        convert.CheckpointError: (a ValueError) there is no such checkpoint, or it is damaged, incomplete or
+            unsupported; names the file and the key.
     """
     import convert
     from djax import assets

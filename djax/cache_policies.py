@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Int
 
+from djax import struct
 from djax.types import CachePolicy, Plan, StepInfo
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Int
+
+from djax import struct
 
 
 @struct.dataclass

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from djax import struct
 from djax.cache_policies import Dual, NoCache, Prefix, Vicinity, WithWarmup
 from djax.schedules import Linear
 from djax.smoothing import HardTokens, SoftTokens

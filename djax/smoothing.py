@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from djax import struct
 from djax.schedules import Linear, Schedule
 from djax.types import StepInfo
 

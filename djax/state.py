@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import enum
 
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from djax import struct
 from djax.cache_policies import NoCache
 from djax.proposals import Greedy
 from djax.smoothing import HardTokens

@@ -1,6 +1,6 @@
 """The contracts: what the loop hands to its parts and what it gets back.
 
-A part is a frozen `flax.struct.dataclass`. A field that decides a shape or a Python branch is static
+A part is a frozen `djax.struct.dataclass`. A field that decides a shape or a Python branch is static
 (`struct.field(pytree_node=False)`); every other number is a leaf. Nobody inherits from a protocol.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from djax import struct
 
 Params = Any
 """A pytree of weights (an `nnx.State` or a plain dict)."""

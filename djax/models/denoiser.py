@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from djax import struct
 from djax.types import Cache, Denoiser, Hidden, Logits, Params
 
 

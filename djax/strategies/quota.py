@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Int, Key
 
+from djax import struct
 from djax.strategies.selection import masked_confidence, rank
 from djax.types import Candidates, Decision, PartState, StepInfo
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Key
 
+from djax import struct
 from djax.schedules import Schedule, as_schedule
 from djax.strategies.selection import masked_confidence
 from djax.types import Candidates, Decision, PartState, StepInfo

@@ -6,9 +6,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Key
 
+from djax import struct
 from djax.strategies.selection import rank
 from djax.types import Candidates, Decision, PartState, StepInfo, Strategy
 
