@@ -1,0 +1,231 @@
+"""Converted checkpoints: an Orbax tree, a manifest with digests, and the tokenizer's files.
+
+A directory holds `params/` (Orbax, a plain nested dict that any Orbax user can restore), `config.json`, the
+tokenizer's files and `manifest.json`, which lists every file with its digest and is written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from convert.atomic import as_destination_error, atomic_directory, require_space
+from convert.errors import CheckpointError, SourceError, TensorShapeError, shorten
+from convert.files import read_json, sha256
+from convert.hf_config import CONFIG_NAME, DTYPES, hf_fields, model_config
+from convert.source import TEXT_FILES
+from djax.config import ModelConfig
+from djax.models import abstract_params, logical_axes
+from djax.sharding import Rules, named_leaves, shardings
+
+MANIFEST_NAME = "manifest.json"
+PARAMS_NAME = "params"
+_FORMAT = "djax-checkpoint"
+_VERSION = 1
+_IN_FLIGHT_GB = 2
+"""Orbax's bound on bytes between devices and disk."""
+_CHUNK_BYTES = 32 * 1024 * 1024
+_SPARE_BYTES = 64 * 1024 * 1024
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names to a nested dict with string keys."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split(".")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree
+
+
+def _handler(largest_bytes: int) -> ocp.PyTreeCheckpointHandler:
+    gigabytes = max(_IN_FLIGHT_GB, math.ceil(largest_bytes / 1e9))
+    # Weights hardly compress (a quarter at most) and it takes ten times as long to write them.
+    return ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes, use_compression=False)
+
+
+def _nbytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _digests(directory: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in files}
+
+
+def _djax_version() -> str:
+    try:
+        return importlib.metadata.version("djax")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def is_converted(directory: Path) -> bool:
+    """Whether a directory is one that `save` wrote."""
+    return (directory / MANIFEST_NAME).is_file() and (directory / PARAMS_NAME).is_dir()
+
+
+def save(
+    destination: str | os.PathLike[str],
+    params: nnx.State,
+    *,
+    config: ModelConfig,
+    overwrite: bool = False,
+    text_files: Path | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write parameters to a new directory, complete or not at all, and return its path.
+
+    `text_files` is a directory whose config.json and tokenizer files are copied along; `source` goes
+    into the manifest as it is. With `overwrite` a converted checkpoint that is there is replaced in one step.
+    Parameters must be fully addressable by this process.
+
+    Raises DestinationError if it exists or cannot be written, OutOfSpaceError if the disk is too small;
+    then nothing has changed.
+    """
+    target = Path(destination).expanduser().resolve()
+    leaves = named_leaves(params)
+    total = sum(_nbytes(leaf) for leaf in leaves.values())
+    with atomic_directory(target, overwrite=overwrite, marker=MANIFEST_NAME) as temporary:
+        require_space(target, total + _SPARE_BYTES)
+        try:
+            with ocp.Checkpointer(_handler(max(_nbytes(leaf) for leaf in leaves.values()))) as checkpointer:
+                # Chunks, so that a device that holds a part of a parameter reads little more than its part.
+                chunked = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in leaves}
+                checkpointer.save(
+                    temporary / PARAMS_NAME, ocp.args.PyTreeSave(_nested(leaves), save_args=_nested(chunked)))
+        except Exception as error:  # Orbax and TensorStore raise several kinds for a failed write
+            raise as_destination_error(error, target) from error
+        _copy_text_files(text_files, temporary)
+        if not (temporary / CONFIG_NAME).exists():
+            (temporary / CONFIG_NAME).write_text(json.dumps(hf_fields(config), indent=2) + "\n")
+        manifest = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "djax": _djax_version(),
+            "config": hf_fields(config),
+            "dtype": config.dtype,
+            "parameter_count": sum(math.prod(leaf.shape) for leaf in leaves.values()),
+            "parameters": {name: list(leaf.shape) for name, leaf in leaves.items()},
+            "source": dict(source or {}),
+            "files": _digests(temporary),
+        }
+        (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n")
+    return target
+
+
+def _copy_text_files(source: Path | None, destination: Path) -> None:
+    if source is None:
+        return
+    for name in (CONFIG_NAME, *TEXT_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a converted checkpoint, its list of files compared with the directory by size.
+
+    Raises SourceError if it is not a manifest of this version, or a file is missing or has another size.
+    """
+    path = directory / MANIFEST_NAME
+    manifest = read_json(path, error=SourceError)
+    if manifest.get("format") != _FORMAT or manifest.get("version") != _VERSION:
+        raise SourceError(
+            f"format and version: got {shorten(manifest.get('format'))} and {shorten(manifest.get('version'))}; "
+            f"read is {_FORMAT!r} version {_VERSION}", file=path)
+    for name, kind in (("config", dict), ("parameters", dict), ("files", dict), ("dtype", str)):
+        if not isinstance(manifest.get(name), kind):
+            raise SourceError(f"got {shorten(manifest.get(name))}; convert the checkpoint again", file=path, key=name)
+    if manifest["dtype"] not in DTYPES:
+        raise SourceError(f"got {shorten(manifest['dtype'])}; allowed are {', '.join(DTYPES)}", file=path, key="dtype")
+    for name, entry in manifest["files"].items():
+        file = directory / name
+        if name.startswith("/") or ".." in Path(name).parts or not isinstance(entry, dict):
+            raise SourceError("is not a file of this directory", file=path, key=name)
+        if not file.is_file() or file.stat().st_size != entry.get("bytes"):
+            raise SourceError("is missing or has another size than the manifest says; convert it again", file=file)
+    return manifest
+
+
+def stored_config(manifest: Mapping[str, Any], directory: Path) -> ModelConfig:
+    """The configuration in a manifest; its dtype is that of the stored parameters. Raises ConfigError."""
+    return dataclasses.replace(
+        model_config(manifest["config"], file=directory / MANIFEST_NAME), dtype=manifest["dtype"])
+
+
+def verify(directory: str | os.PathLike[str]) -> None:
+    """Compare every file of a converted checkpoint with the manifest's digest; SourceError at the first difference."""
+    root = Path(directory).resolve()
+    for name, entry in read_manifest(root)["files"].items():
+        if sha256(root / name) != entry.get("sha256"):
+            raise SourceError("has another content than the manifest says; convert it again", file=root / name)
+
+
+def restore(
+    directory: str | os.PathLike[str],
+    config: ModelConfig | None = None,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> tuple[ModelConfig, nnx.State]:
+    """Parameters of a converted checkpoint, in any dtype and under any sharding; each device reads its part.
+
+    Arguments and result as in `convert.load_params`. Raises CheckpointError if the directory is incomplete
+    or does not hold this configuration's parameters.
+    """
+    root = Path(directory).resolve()
+    manifest = read_manifest(root)
+    config = config or stored_config(manifest, root)
+    config = dataclasses.replace(config, dtype=dtype or config.dtype)
+    abstract = checked_params(config, manifest, root)
+    placed = shardings(logical_axes(config), abstract, mesh=mesh, rules=rules)
+    wanted = named_leaves(jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placed))
+    target = _nested(wanted)
+    try:
+        with ocp.Checkpointer(_handler(max(_nbytes(leaf) for leaf in wanted.values()))) as checkpointer:
+            tree = checkpointer.restore(root / PARAMS_NAME, ocp.args.PyTreeRestore(
+                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
+    except Exception as error:  # Orbax and TensorStore raise several kinds for a damaged file
+        first_line = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise SourceError(f"cannot be restored: {first_line}", file=root / PARAMS_NAME) from error
+    leaves = named_leaves(tree)
+    return config, jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
+
+
+def checked_params(config: ModelConfig, manifest: Mapping[str, Any], directory: Path) -> nnx.State:
+    """`abstract_params(config)`; CheckpointError unless the manifest lists exactly these parameters and shapes."""
+    path, stored = directory / MANIFEST_NAME, manifest["parameters"]
+    # Every layer has parameters of its own: checked first, so that a wrong count costs no memory.
+    if config.num_layers > len(stored):
+        raise CheckpointError(
+            f"the configuration has {config.num_layers} layers and the checkpoint {len(stored)} parameters", file=path)
+    abstract = abstract_params(config)
+    wanted = named_leaves(abstract)
+    for name in sorted(set(wanted) ^ set(stored)):
+        problem = "is not in the checkpoint" if name in wanted else "is not a parameter of this configuration"
+        raise CheckpointError(problem, file=path, key=name)
+    for name, leaf in wanted.items():
+        if list(leaf.shape) != stored[name]:
+            raise TensorShapeError(
+                f"shape: got {shorten(stored[name])}; the configuration says {list(leaf.shape)}",
+                file=path, key=name)
+    return abstract

@@ -1,0 +1,206 @@
+"""Loading: a Hugging Face directory, a hub id or a converted checkpoint to parameters on devices."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from convert import checkpoint, llada_moe
+from convert.errors import ConfigError, MissingKeyError
+from convert.hf_config import CONFIG_NAME, DTYPES, read_config
+from convert.mapping import FLOAT_DTYPES, Plan, Table, plan
+from convert.placement import numpy_dtype, read_parameters
+from convert.safetensors_io import SafetensorsReader
+from convert.source import resolve_source
+from djax.config import LladaMoeConfig, ModelConfig
+from djax.models import abstract_params, logical_axes
+from djax.sharding import LogicalAxes, Rules, named_leaves, shardings
+
+_TABLES: dict[type, Table] = {LladaMoeConfig: llada_moe.TABLE}
+
+
+Progress = Callable[[int, int], None]
+"""Told (bytes done, bytes in all)."""
+
+
+class Meter:
+    """Adds up what has been done of `total` bytes and tells `progress`."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes are done."""
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter of a checkpoint: `keys` are the checkpoint keys that fill it, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: LogicalAxes
+    keys: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a checkpoint holds, as read from its headers."""
+
+    directory: Path
+    config: ModelConfig
+    parameters: tuple[Parameter, ...]
+    ignored: tuple[str, ...]
+    """Checkpoint keys that no parameter needs."""
+    files: tuple[str, ...]
+    nbytes: int
+    """Bytes of the stored tensors."""
+
+
+def check_dtype(dtype: str | None) -> str | None:
+    """`dtype` itself; ValueError unless it is None or one of `DTYPES`."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}; allowed are {', '.join(DTYPES)}")
+    return dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HuggingFaceCheckpoint:
+    """An open Hugging Face directory whose headers, configuration and mapping have all been checked."""
+
+    directory: Path
+    config: ModelConfig
+    reader: SafetensorsReader
+    abstract: nnx.State
+    shapes: dict[str, tuple[int, ...]]
+    plan: Plan
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """config.json and the safetensors files."""
+        return (self.directory / CONFIG_NAME, *self.reader.files)
+
+
+def _stored_dtype(reader: SafetensorsReader, config: ModelConfig) -> str:
+    stored = {FLOAT_DTYPES.get(tensor.dtype) for tensor in reader.tensors.values()}
+    only = stored.pop() if len(stored) == 1 else None
+    return only or config.dtype
+
+
+@contextlib.contextmanager
+def open_huggingface(
+    directory: Path, config: ModelConfig | None, *, dtype: str | None
+) -> Iterator[HuggingFaceCheckpoint]:
+    """Check a Hugging Face directory without allocating anything large; the files stay open in the block.
+
+    Raises a CheckpointError that names the file and the key.
+    """
+    given = config
+    if config is None:
+        config = read_config(directory)
+    if type(config) not in _TABLES:
+        raise ConfigError(f"there is no conversion table for a {type(config).__name__}", file=directory)
+    with SafetensorsReader(directory) as reader:
+        # Every layer has keys of its own: checked first, so that a wrong count costs no memory.
+        if config.num_layers > len(reader.tensors):
+            raise MissingKeyError(
+                f"the configuration has {config.num_layers} layers and the files only {len(reader.tensors)} "
+                "tensors", file=directory, key="num_hidden_layers")
+        chosen = dtype or (given.dtype if given is not None else _stored_dtype(reader, config))
+        config = dataclasses.replace(config, dtype=chosen)
+        abstract = abstract_params(config)
+        shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
+        mapped = plan(_TABLES[type(config)], reader.tensors, shapes, source=directory)
+        yield HuggingFaceCheckpoint(
+            directory=directory, config=config, reader=reader, abstract=abstract, shapes=shapes, plan=mapped)
+
+
+def load_params(
+    source: str | os.PathLike[str],
+    config: ModelConfig | None = None,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    progress: Progress | None = None,
+) -> tuple[ModelConfig, nnx.State]:
+    """The configuration and the parameters of a checkpoint, placed on devices.
+
+    `source` is a local Hugging Face directory, a directory that `convert` wrote, or a hub id; a local path
+    goes first. `config` replaces the checkpoint's own. `dtype` (bfloat16, float16, float32) defaults to
+    `config.dtype` if a config is given, else to the stored one. Without a `mesh` all parameters are on the
+    default device; with one they are split by `rules` (`djax.sharding.DEFAULT_RULES`). Each device gets its
+    own part and the host holds a few tensors at a time. The returned config's dtype is the parameters'.
+
+    Raises CheckpointError (which names the file and the key) before anything large is allocated;
+    ValueError for an unknown dtype, or a mesh that does not divide a parameter.
+    """
+    check_dtype(dtype)
+    directory = resolve_source(source)
+    if checkpoint.is_converted(directory):
+        return checkpoint.restore(directory, config, dtype=dtype, mesh=mesh, rules=rules)
+    with open_huggingface(directory, config, dtype=dtype) as opened:
+        return opened.config, read_state(opened, Meter(progress, opened.reader.nbytes), mesh=mesh, rules=rules)
+
+
+def read_state(
+    opened: HuggingFaceCheckpoint, meter: Meter, *, mesh: Mesh | None = None, rules: Rules | None = None
+) -> nnx.State:
+    """The parameters of an open Hugging Face directory."""
+    abstract = opened.abstract
+    placed = named_leaves(shardings(logical_axes(opened.config), abstract, mesh=mesh, rules=rules))
+    parameters = read_parameters(
+        opened.reader, opened.plan, shapes=opened.shapes, dtype=opened.config.dtype, shardings=placed,
+        progress=meter.advance)
+    names = list(named_leaves(abstract))
+    return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[name] for name in names])
+
+
+def describe(source: str | os.PathLike[str], config: ModelConfig | None = None) -> Description:
+    """Which checkpoint keys fill which parameter, from the headers alone. Raises as `load_params`."""
+    directory = resolve_source(source)
+    if checkpoint.is_converted(directory):
+        return _describe_converted(directory)
+    with open_huggingface(directory, config, dtype=None) as opened:
+        axes = named_leaves(logical_axes(opened.config))
+        used = {piece.key for pieces in opened.plan.values() for piece in pieces}
+        return Description(
+            directory=directory,
+            config=opened.config,
+            parameters=tuple(
+                Parameter(
+                    name=name, shape=opened.shapes[name], axes=axes[name],
+                    keys=tuple(dict.fromkeys(piece.key for piece in pieces)))
+                for name, pieces in opened.plan.items()),
+            ignored=tuple(key for key in opened.reader.tensors if key not in used),
+            files=tuple(path.name for path in opened.reader.files),
+            nbytes=opened.reader.nbytes,
+        )
+
+
+def _describe_converted(directory: Path) -> Description:
+    manifest = checkpoint.read_manifest(directory)
+    config = checkpoint.stored_config(manifest, directory)
+    axes = named_leaves(logical_axes(config))
+    abstract = checkpoint.checked_params(config, manifest, directory)
+    shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
+    return Description(
+        directory=directory,
+        config=config,
+        parameters=tuple(
+            Parameter(name=name, shape=shape, axes=axes[name], keys=(name,)) for name, shape in shapes.items()),
+        ignored=(),
+        files=tuple(manifest["files"]),
+        nbytes=sum(math.prod(shape) for shape in shapes.values()) * numpy_dtype(config.dtype).itemsize,
+    )

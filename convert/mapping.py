@@ -1,0 +1,216 @@
+"""Exactly-once mapping between checkpoint keys and parameters.
+
+A table of `Rule`s says which key fills which parameter. `plan` applies it to the keys that a checkpoint
+holds and checks that every element of every tensor is used once and every parameter is filled once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from convert.errors import (
+    MappingError,
+    MissingKeyError,
+    TensorDtypeError,
+    TensorShapeError,
+    UnexpectedKeyError,
+    first_few,
+    shorten,
+)
+
+FLOAT_DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""safetensors dtypes that parameters are read from, and their NumPy names."""
+
+
+class Tensor(Protocol):
+    """What the mapping reads of a checkpoint tensor."""
+
+    @property
+    def file(self) -> Path: ...  # noqa: D102
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One line of a table: checkpoint key pattern to parameter.
+
+    `key` and `leaf` are dotted names in which `{layer}` and `{expert}` stand for a number. A key with
+    `{expert}` fills one index of the parameter's first axis.
+    """
+
+    key: str
+    leaf: str
+    merge: tuple[int, ...] | None = None
+    """How many of the parameter's axes each checkpoint axis spans, in order; None: one each."""
+    part: tuple[int, int] = (0, 1)
+    """(i, n): the parameter is the i-th of n equal parts of the checkpoint's second last axis."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """How an architecture's checkpoints map to its parameters."""
+
+    rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
+    """Key patterns that no parameter needs (buffers that old files hold)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A contiguous run of a checkpoint tensor that fills a contiguous run of a parameter.
+
+    The elements from flat index `start` of tensor `key` on fill `parameter[index]`, or the whole
+    parameter where `index` is None.
+    """
+
+    key: str
+    start: int
+    index: int | None
+
+
+Plan = Mapping[str, tuple[Piece, ...]]
+"""Parameter name to the pieces that fill it."""
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    number = r"(0|[1-9][0-9]{0,5})"
+    return re.compile(
+        re.escape(text).replace(r"\{layer\}", f"(?P<layer>{number})").replace(r"\{expert\}", f"(?P<expert>{number})"))
+
+
+def _stored_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that the checkpoint tensor must have to fill a parameter (or one index of it) of `shape`."""
+    if rule.merge is None:
+        stored = shape
+    else:
+        ends = [sum(rule.merge[: position + 1]) for position in range(len(rule.merge))]
+        stored = tuple(math.prod(shape[end - count : end]) for end, count in zip(ends, rule.merge, strict=True))
+    if rule.part[1] > 1:
+        stored = (*stored[:-2], stored[-2] * rule.part[1], stored[-1])
+    return stored
+
+
+def _pieces(rule: Rule, key: str, expert: int | None, shape: tuple[int, ...]) -> list[Piece]:
+    """Where the elements of tensor `key` go in a parameter of `shape`."""
+    part, parts = rule.part
+    if parts == 1:
+        return [Piece(key=key, start=0, index=expert)]
+    each = math.prod(shape[1:])
+    return [Piece(key=key, start=(index * parts + part) * each, index=index) for index in range(shape[0])]
+
+
+class _Matcher:
+    """A table with its patterns compiled."""
+
+    def __init__(self, table: Table) -> None:
+        self.rules = [(rule, _pattern(rule.key)) for rule in table.rules]
+        self.ignored = [_pattern(pattern) for pattern in table.ignored]
+
+    def is_ignored(self, key: str) -> bool:
+        return any(pattern.fullmatch(key) for pattern in self.ignored)
+
+    def uses(self, key: str, leaves: Mapping[str, tuple[int, ...]]) -> list[tuple[Rule, str, int | None]]:
+        """(rule, parameter, expert) for every rule that the key obeys and whose parameter exists."""
+        result = []
+        for rule, pattern in self.rules:
+            match = pattern.fullmatch(key)
+            if match is None:
+                continue
+            numbers = match.groupdict()
+            leaf = rule.leaf.replace("{layer}", numbers.get("layer") or "")
+            expert = int(numbers["expert"]) if numbers.get("expert") else None
+            if leaf in leaves and (expert is None or expert < leaves[leaf][0]):
+                result.append((rule, leaf, expert))
+        return result
+
+
+def _check_tensor(rule: Rule, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise TensorDtypeError or TensorShapeError unless `tensor` can fill `shape` under `rule`."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TensorDtypeError(
+            f"dtype: got {tensor.dtype}; read are {', '.join(FLOAT_DTYPES)} (quantised checkpoints are not)",
+            file=tensor.file, key=key)
+    expected = _stored_shape(rule, shape)
+    if tensor.shape != expected:
+        raise TensorShapeError(
+            f"shape: got {shorten(tensor.shape)}; the configuration says {expected}", file=tensor.file, key=key)
+
+
+def _expected_keys(table: Table, leaf: str, shape: tuple[int, ...], filled: Sequence[Piece]) -> tuple[list[str], int]:
+    """The first keys that would complete a parameter, and how many there are in all."""
+    for rule in table.rules:
+        match = _pattern(rule.leaf).fullmatch(leaf)
+        if match is None:
+            continue
+        layer = match.groupdict().get("layer") or ""
+        key = rule.key.replace("{layer}", layer)
+        if "{expert}" not in key:
+            return [key], 1
+        have = {piece.index for piece in filled}
+        absent = (key.replace("{expert}", str(index)) for index in range(shape[0]) if index not in have)
+        return list(itertools.islice(absent, 4)), shape[0] - len(have)
+    return [f"(a rule for the parameter {leaf})"], 1
+
+
+def _check_filled(
+    table: Table, leaves: Mapping[str, tuple[int, ...]], found: Mapping[str, list[Piece]], source: Path
+) -> None:
+    """Raise MissingKeyError unless every parameter is filled, MappingError if one is filled twice."""
+    missing: list[str] = []
+    count = 0
+    for leaf, shape in leaves.items():
+        pieces = found.get(leaf, [])
+        indices = [piece.index for piece in pieces]
+        if len(set(indices)) < len(indices) or (None in indices and len(indices) > 1):
+            keys = sorted({piece.key for piece in pieces})
+            raise MappingError(f"fills {leaf}, which {first_few(keys[1:] or keys)} fills too", file=source, key=keys[0])
+        if indices != [None] and len(indices) < shape[0]:
+            first, absent = _expected_keys(table, leaf, shape, pieces)
+            missing += first
+            count += absent
+    if missing:
+        raise MissingKeyError(
+            f"missing: {count} keys that the configuration asks for, such as {first_few(missing[:3])}",
+            file=source, key=missing[0])
+
+
+def plan(table: Table, tensors: Mapping[str, Tensor], leaves: Mapping[str, tuple[int, ...]], *, source: Path) -> Plan:
+    """Which run of which tensor fills which parameter.
+
+    `leaves` maps parameter names to shapes; `source` is named in errors about the whole checkpoint.
+
+    Raises UnexpectedKeyError, MissingKeyError, TensorShapeError, TensorDtypeError or MappingError. On
+    success every element of every tensor that is not ignored is used once, and every parameter is filled once.
+    """
+    matcher = _Matcher(table)
+    found: dict[str, list[Piece]] = {}
+    unexpected: list[str] = []
+    for key, tensor in tensors.items():
+        uses = matcher.uses(key, leaves)
+        if not uses:
+            if not matcher.is_ignored(key):
+                unexpected.append(key)
+            continue
+        used = 0
+        for rule, leaf, expert in uses:
+            shape = leaves[leaf] if expert is None else leaves[leaf][1:]
+            _check_tensor(rule, key, tensor, shape)
+            found.setdefault(leaf, []).extend(_pieces(rule, key, expert, shape))
+            used += math.prod(shape)
+        if used != math.prod(tensor.shape):
+            raise MappingError(f"{used} of its {math.prod(tensor.shape)} elements are used", file=tensor.file, key=key)
+    if unexpected:
+        raise UnexpectedKeyError(
+            f"not expected: {len(unexpected)} keys fill no parameter of this configuration: {first_few(unexpected)}",
+            file=tensors[unexpected[0]].file, key=unexpected[0])
+    _check_filled(table, leaves, found, source)
+    return {leaf: tuple(sorted(found[leaf], key=lambda piece: piece.index or 0)) for leaf in leaves}

@@ -1,0 +1,67 @@
+"""The conversion itself: source to a converted checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from convert import checkpoint
+from convert.atomic import check_destination, require_space
+from convert.errors import DestinationError
+from convert.files import sha256
+from convert.load import Meter, Progress, check_dtype, open_huggingface, read_state
+from convert.placement import numpy_dtype
+from convert.source import resolve_source
+
+
+def _digests(files: tuple[Path, ...], meter: Meter) -> dict[str, dict[str, Any]]:
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path, meter.advance)} for path in files}
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Convert a Hugging Face directory, a hub id or a converted checkpoint to `dst`, and return its path.
+
+    `dtype` (bfloat16, float16, float32) defaults to the stored one. If this is interrupted, or the disk is
+    too small, `dst` is what it was before: absent, or the complete old checkpoint. `progress` is told
+    (bytes done, bytes in all) of reading, digests and writing together.
+
+    Raises CheckpointError, naming the file and the key; ValueError for an unknown dtype.
+    """
+    check_dtype(dtype)
+    target = Path(dst).expanduser().resolve()
+    check_destination(target, overwrite=overwrite, marker=checkpoint.MANIFEST_NAME)
+    directory = resolve_source(src)
+    if directory == target or target in directory.parents:
+        raise DestinationError("holds the source; choose another destination", file=target)
+    if checkpoint.is_converted(directory):
+        return _save_again(directory, target, dtype=dtype, overwrite=overwrite)
+    with open_huggingface(directory, None, dtype=dtype) as opened:
+        written = sum(math.prod(shape) for shape in opened.shapes.values()) * numpy_dtype(opened.config.dtype).itemsize
+        require_space(target, written)
+        files = opened.files
+        meter = Meter(progress, opened.reader.nbytes + sum(path.stat().st_size for path in files) + written)
+        params = read_state(opened, meter)
+    name = directory.name if Path(src).is_dir() else os.fspath(src)
+    result = checkpoint.save(
+        target, params, config=opened.config, overwrite=overwrite, text_files=directory,
+        source={"name": name, "files": _digests(files, meter)})
+    meter.advance(written)
+    return result
+
+
+def _save_again(directory: Path, target: Path, *, dtype: str | None, overwrite: bool) -> Path:
+    """A converted checkpoint once more, in another dtype."""
+    config, params = checkpoint.restore(directory, dtype=dtype)
+    manifest = directory / checkpoint.MANIFEST_NAME
+    return checkpoint.save(
+        target, params, config=config, overwrite=overwrite, text_files=directory,
+        source={"name": directory.name, "files": _digests((manifest,), Meter(None, 0))})

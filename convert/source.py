@@ -1,0 +1,47 @@
+"""Where a checkpoint comes from: a local directory, or a hub repository's safe files."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from convert.errors import SourceError
+
+TEXT_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "chat_template.jinja", "generation_config.json",
+)
+"""Files that belong to a tokenizer. They are data; code and pickles are never fetched, copied or opened."""
+_HUB_FILES = ("*.safetensors", "config.json", "model.safetensors.index.json", *TEXT_FILES)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download  # imported on first use: a local load needs no network client
+
+    name, _, revision = repository.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the client raises its own, its HTTP library's and OSError
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise SourceError(
+            f"is no local directory, and fetching it from the hub failed ({first_line}); check the name and "
+            "the network, or give a local directory", file=repository) from error
+
+
+def resolve_source(source: str | os.PathLike[str]) -> Path:
+    """The local directory of a checkpoint: `source` itself if it exists, else a download of that hub id.
+
+    A hub id is `owner/name` or `owner/name@revision`. Only safetensors, JSON and tokenizer text files are
+    fetched. Raises SourceError if there is neither.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise SourceError("is a file; give the directory that holds config.json and the safetensors files", file=path)
+    text = os.fspath(source)
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(text) or ".." in text:
+        raise SourceError("is no local directory, and no hub id (owner/name)", file=text)
+    return _download(text)
