@@ -144,7 +144,7 @@ def test_hugging_face_streamers(golden_lm):
     steps = list(golden_lm.stream([PROMPTS[0]], recipe=DUAL, streamer=recorder, **SHAPE))
     alone = golden_lm.generate([PROMPTS[0]], recipe=DUAL, **SHAPE)
     assert recorder.put_calls[0] == PROMPTS[0]
-    assert sum(recorder.put_calls[1:], []) == alone.tokens[0].tolist()
+    assert [token for call in recorder.put_calls[1:] for token in call] == alone.tokens[0].tolist()
     assert len(recorder.drafts) == len(steps)
     assert recorder.ended
     with pytest.raises(ValueError, match="streamer: got 3 prompts"):

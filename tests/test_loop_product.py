@@ -1,0 +1,206 @@
+"""Every part with every other one: the jitted loop against the NumPy oracle, token for token.
+
+The default run compiles one program per case of a pairwise cover. The slow run is the full product; there one
+program holds all transforms (`Select`) and both temperatures (a leaf), so that 72 compilations serve 1008 cases.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from djax import cache_policies, proposals, smoothing, stopping, strategies, struct, transforms
+from djax.canvas import Canvas
+from djax.denoise import Result, denoise
+from djax.schedules import Linear
+from tests import oracle, toy
+
+BLOCK_LENGTH = 6
+NEW_TOKENS = 12
+PROMPT_LENGTHS = (3, 5)
+TEMPERATURE = 0.8
+# XLA's own optimisations are not under test, and compiling is what these tests wait for.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+TRANSFORMS: dict[str, tuple[Any, oracle.Transform]] = {
+    "identity": (transforms.Identity(), oracle.identity),
+    "forbid": (transforms.ForbidTokens(jnp.array([4, toy.MASK]), 21), oracle.forbid([4, toy.MASK], 21)),
+    "top_k": (transforms.TopK(5), oracle.top_k(5)),
+    "top_p": (transforms.TopP(0.8, 0.7), oracle.top_p(0.8, 0.7)),
+    "min_p": (transforms.MinP(0.2, 1.3), oracle.min_p(0.2, 1.3)),
+    "credit": (transforms.Credit(), oracle.credit()),
+    "chain": (
+        transforms.Chain((transforms.ForbidTokens(jnp.array([toy.MASK])), transforms.Credit(0.9, 0.7, 0.5),
+                          transforms.TopP(0.9))),
+        oracle.chain(oracle.forbid([toy.MASK]), oracle.credit(0.9, 0.7, 0.5), oracle.top_p(0.9))),
+}
+STRATEGIES: dict[str, tuple[Any, oracle.Strategy]] = {
+    "threshold": (strategies.Threshold(0.6), oracle.threshold(0.6)),
+    "quota": (strategies.Quota(4), oracle.quota(4)),
+    "factor": (strategies.Factor(1.2), oracle.factor(1.2)),
+    "hierarchical": (
+        strategies.Hierarchical(Linear(0.95, -0.05, minimum=0.7), 0.4),
+        oracle.hierarchical(oracle.linear(0.95, -0.05, minimum=0.7), 0.4)),
+    "remasking": (
+        strategies.Remasking(strategies.Hierarchical(0.7, 0.3), 0.45),
+        oracle.remasking(oracle.hierarchical(0.7, 0.3), 0.45)),
+    "random": (strategies.RandomOrder(strategies.Quota(4)), oracle.random_order(oracle.quota(4))),
+}
+CACHES: dict[str, tuple[Any, oracle.Policy]] = {
+    "none": (cache_policies.NoCache(), oracle.no_cache),
+    "prefix": (cache_policies.Prefix(), oracle.prefix),
+    "dual": (cache_policies.Dual(), oracle.dual),
+    "vicinity": (cache_policies.Vicinity(2, 3), oracle.vicinity(2, 3)),
+    "periodic": (cache_policies.Periodic(cache_policies.Dual(), 2), oracle.periodic(oracle.dual, 2)),
+    "warmup": (
+        cache_policies.WithWarmup(cache_policies.Vicinity(3, 2), 1),
+        oracle.with_warmup(oracle.vicinity(3, 2), 1)),
+}
+SMOOTHINGS: dict[str, tuple[Any, Any]] = {
+    "hard": (smoothing.HardTokens(), None),
+    "soft": (smoothing.SoftTokens(), oracle.SOFT),
+}
+PROPOSALS: dict[str, tuple[Any, oracle.Propose]] = {
+    "greedy": (proposals.Greedy(), oracle.sample(0.0)),
+    "sample": (proposals.Sample(TEMPERATURE), oracle.sample(TEMPERATURE)),
+}
+AXES = (TRANSFORMS, STRATEGIES, CACHES, SMOOTHINGS, PROPOSALS)
+PRODUCT = list(itertools.product(*AXES))
+Case = tuple[str, ...]
+
+MODEL = toy.NumpyToy(toy.make_params())
+PARAMS = toy.make_params()
+
+
+@struct.dataclass
+class Select:
+    """One of several transforms, chosen by a leaf."""
+
+    index: Any
+    parts: tuple[Any, ...]
+
+    def init(self, *shape: int) -> Any:
+        return tuple(part.init(*shape) for part in self.parts)
+
+    def step(self, logits: jax.Array, is_masked: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        def branch(i: int) -> Any:
+            def run(logits: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+                logits, new = self.parts[i].step(logits, is_masked, state[i])
+                return logits, (*state[:i], new, *state[i + 1:])
+
+            return run
+
+        return jax.lax.switch(self.index, [branch(i) for i in range(len(self.parts))], logits, state)
+
+
+def make_prompts(seed: int) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 20, length).tolist() for length in PROMPT_LENGTHS]
+
+
+def make_canvas(seed: int) -> Canvas:
+    return Canvas.from_prompts(
+        make_prompts(seed), max_new_tokens=NEW_TOKENS, block_length=BLOCK_LENGTH, mask_id=toy.MASK,
+        pad_id=toy.PAD, bucket=False)
+
+
+def expected_rows(case: Case, seed: int) -> list[oracle.Row]:
+    """Each row decoded by the oracle, alone."""
+    transform, strategy, policy, weight, propose = (axis[name][1] for axis, name in zip(AXES, case, strict=True))
+    return [
+        oracle.decode(
+            MODEL, [*prompt, *[toy.MASK] * NEW_TOKENS], [False] * len(prompt) + [True] * NEW_TOKENS,
+            jax.random.key(seed), first_block=len(prompt), block_length=BLOCK_LENGTH, row_id=row,
+            strategy=strategy, policy=policy, transform=transform, propose=propose, weight=weight,
+            eos_ids=[toy.EOS])
+        for row, prompt in enumerate(make_prompts(seed))]
+
+
+def choose_seed(case: Case) -> tuple[int, list[oracle.Row]]:
+    """The first seed without a decision inside float32 error, and what the oracle makes of it."""
+    first = PRODUCT.index(case) * 100
+    for seed in range(first, first + 20):
+        rows = expected_rows(case, seed)
+        if min(row.margin for row in rows) > oracle.RELIABLE:
+            return seed, rows
+    raise AssertionError(f"{case}: no seed from {first} on has reliable margins")
+
+
+def check(result: Result, rows: list[oracle.Row], label: str) -> None:
+    valid = np.asarray(result.valid)
+    for i, row in enumerate(rows):
+        where = f"{label}, row {i}"
+        assert np.asarray(result.tokens)[i, valid[i]].tolist() == row.tokens, where
+        assert np.asarray(result.is_masked)[i, valid[i]].tolist() == row.is_masked, where
+        assert np.asarray(result.commit_step)[i, valid[i]].tolist() == row.commit_step, where
+        assert np.abs(np.asarray(result.log_prob)[i, valid[i]] - row.log_prob).max() < 1e-4, where
+        assert (int(result.nfe[i]), int(result.steps[i])) == (row.nfe, row.nfe), where
+        assert int(result.refreshes[i]) == row.refreshes, where
+        assert int(result.stop_reason[i]) == row.stop_reason, where
+
+
+def run(canvas: Canvas, key: jax.Array, parts: dict[str, Any]) -> Result:
+    return denoise(
+        toy.ToyDenoiser(), PARAMS, canvas, key, stop_rule=stopping.OnEos(jnp.array([toy.EOS])), **parts)
+
+
+def compiled(parts: dict[str, Any]) -> Any:
+    lowered = jax.jit(run).lower(make_canvas(0), jax.random.key(0), parts)
+    return lowered.compile(compiler_options=COMPILER_OPTIONS)
+
+
+@functools.cache
+def pairwise_cover() -> list[Case]:
+    """Few cases in which every pair of parts of two axes meets: greedily, the one with most new pairs."""
+    pairs = {case: {(a, b) for a, b in itertools.combinations(enumerate(case), 2)} for case in PRODUCT}
+    missing = set().union(*pairs.values())
+    cover = []
+    while missing:
+        case = max(PRODUCT, key=lambda candidate: len(pairs[candidate] & missing))
+        cover.append(case)
+        missing -= pairs[case]
+    return cover
+
+
+@pytest.mark.parametrize("case", pairwise_cover(), ids="-".join)
+def test_pair(case: Case) -> None:
+    seed, rows = choose_seed(case)
+    names = ("transform", "strategy", "cache_policy", "smoothing", "propose")
+    parts = {name: axis[part][0] for name, axis, part in zip(names, AXES, case, strict=True)}
+    check(compiled(parts)(make_canvas(seed), jax.random.key(seed), parts), rows, f"{case}, seed {seed}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("soft", SMOOTHINGS)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_product(strategy: str, cache: str, soft: str) -> None:
+    select = Select(index=jnp.int32(0), parts=tuple(part for part, _ in TRANSFORMS.values()))
+    parts = {"transform": select, "strategy": STRATEGIES[strategy][0], "cache_policy": CACHES[cache][0],
+             "smoothing": SMOOTHINGS[soft][0], "propose": proposals.Sample(jnp.float32(0.0))}
+    program = compiled(parts)
+    for index, transform in enumerate(TRANSFORMS):
+        for propose, temperature in (("greedy", 0.0), ("sample", TEMPERATURE)):
+            case = (transform, strategy, cache, soft, propose)
+            seed, rows = choose_seed(case)
+            parts |= {"transform": select.replace(index=jnp.int32(index)),
+                      "propose": proposals.Sample(jnp.float32(temperature))}
+            check(program(make_canvas(seed), jax.random.key(seed), parts), rows, f"{case}, seed {seed}")
+
+
+def test_cases_differ() -> None:
+    """The oracle's answer depends on every axis: no part of the table is a decoration."""
+    base = ("identity", "remasking", "dual", "hard", "greedy")
+    for axis, names in enumerate(AXES):
+        seen = {}
+        for name in names:
+            case = (*base[:axis], name, *base[axis + 1:])
+            rows = [row for seed in range(8) for row in expected_rows(case, seed)]
+            seen[name] = str([(row.tokens, row.commit_step) for row in rows])
+        assert len(set(seen.values())) == len(seen), f"axis {axis} has parts that act alike: {list(seen)}"
