@@ -203,8 +203,7 @@ class DiffusionLM:
             top_p=top_p, min_p=min_p, guidance=guidance, mask_id=mask_id, eos_id=None, stop_on_eos=False)
         mask_token, eos_ids = resolve_ids(options, self.config)
         rows = encode_prompts(token_ids, tokenizer=None, vocab_size=self.config.vocab_size)
-        single = len(np.shape(mask)) == 1 and not isinstance(mask[0], Sequence | np.ndarray)
-        masks: Sequence[Any] = [mask] if single else mask
+        masks: Sequence[Any] = mask if len(mask) and isinstance(mask[0], Sequence | np.ndarray) else [mask]
         canvas = Canvas.from_tokens(
             rows, masks, block_length=block_length, mask_id=mask_token, pad_id=self.config.pad_id)
         parts = make_parts(options, mask_id=mask_token, eos_ids=eos_ids, vocab_limit=self.vocab_limit,

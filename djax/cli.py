@@ -149,7 +149,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace DST if it exists.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint to djax's own format (Orbax), which loads faster."""
+    """Convert a Hugging Face checkpoint to djax's own format (Orbax), with a manifest of digests."""
     _check_dtype(dtype)
     import convert as converter
 
