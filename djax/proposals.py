@@ -18,8 +18,7 @@ class Greedy:
 
     def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """Candidates with their probability and log-prob at temperature 1."""
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return _candidates(logits, token, tokens, 1.0)
+        return _candidates(logits, first_argmax(logits), tokens, jnp.float32(1.0))
 
 
 @struct.dataclass
@@ -37,12 +36,11 @@ class Sample:
         """Candidates with their probability at temperature 1 and log-prob at the sampling temperature."""
         temperature = jnp.asarray(self.temperature, jnp.float32)
 
-        def perturb(logits: Logits) -> Logits:
+        def draw() -> Int[Array, "B L"]:
             noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32, mode="high"))(keys)
-            return logits + temperature * noise
+            return first_argmax(logits + temperature * noise)
 
-        noisy = jax.lax.cond(temperature > 0, perturb, lambda logits: logits, logits)
-        token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+        token = jax.lax.cond(temperature > 0, draw, lambda: first_argmax(logits))
         return _candidates(logits, token, tokens, jnp.where(temperature > 0, temperature, 1.0))
 
 
@@ -64,12 +62,24 @@ class RefuseToken:
         return dataclasses.replace(candidates, confidence=jnp.where(refused, -jnp.inf, candidates.confidence))
 
 
+def first_argmax(logits: Logits) -> Int[Array, "B L"]:
+    """Index of the largest entry, the lowest among equals, int32.
+
+    As two plain reductions: XLA's argmax, one over pairs, is not vectorised on CPU.
+    """
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits == best, ids, logits.shape[-1] - 1), axis=-1)
+
+
 def _candidates(
-    logits: Logits, token: Int[Array, "B L"], tokens: Int[Array, "B L"], temperature: float | Float[Array, ""]
+    logits: Logits, token: Int[Array, "B L"], tokens: Int[Array, "B L"], temperature: Float[Array, ""]
 ) -> Candidates:
     log_total = jax.nn.logsumexp(logits, axis=-1)
     chosen = _at(logits, token)
-    tempered = jax.nn.logsumexp(logits / temperature, axis=-1)
+    # The second pass over the vocabulary is worth a branch: greedy decoding never needs it.
+    tempered = jax.lax.cond(
+        temperature == 1.0, lambda: log_total, lambda: jax.nn.logsumexp(logits / temperature, axis=-1))
     return Candidates(
         token=token,
         confidence=jnp.exp(chosen - log_total),
