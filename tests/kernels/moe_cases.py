@@ -31,6 +31,7 @@ CASES = (
     Case(name="one_expert_in_all", rows=9, slots=1, experts=1),
     Case(name="all_rows_to_one_expert", rows=40, slots=1, routing="last"),
     Case(name="same_experts_for_all", rows=40, slots=2, routing="first_two"),
+    Case(name="blocks_of_every_size", rows=130, slots=2, experts=8, routing="uneven"),
     Case(name="empty_experts", rows=16, slots=2, experts=40),
     Case(name="an_expert_twice", rows=12, slots=3, routing="twice"),
     Case(name="ids_out_of_range", rows=21, slots=3, routing="out_of_range"),
@@ -48,6 +49,8 @@ def route(case: Case, rng: np.random.Generator) -> np.ndarray:
         return np.full(shape, case.experts - 1)
     if case.routing == "first_two":
         return np.broadcast_to(np.arange(2), shape).copy()
+    if case.routing == "uneven":
+        return np.sort(np.minimum(rng.geometric(0.35, shape) - 1, case.experts - 1), axis=0)
     if case.routing == "nowhere":
         return np.full(shape, case.experts)
     ids = np.argsort(rng.random((case.rows, case.experts)), axis=1)[:, : case.slots]

@@ -14,7 +14,7 @@ import pytest
 
 from kernels_pallas import moe, moe_choice
 from kernels_pallas.moe import IMPLEMENTATIONS
-from kernels_pallas.moe.xla_blocks import block_rows, plan_blocks
+from kernels_pallas.moe.xla_blocks import BLOCK_SIZES, block_sizes, plan_blocks
 
 from .moe_cases import CASES, Case, operands, oracle
 
@@ -124,32 +124,41 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_plan_holds_every_routed_row_once() -> None:
     rng = np.random.default_rng(SEED)
-    for rows, slots, experts, block in ((37, 3, 6, 8), (1, 1, 40, 8), (64, 2, 4, 16), (5, 4, 4, 32)):
+    for rows, slots, experts, sizes in (
+            (37, 3, 6, (8, 16)), (1, 1, 40, (8,)), (64, 2, 4, (8, 16, 32)), (5, 4, 4, (8, 16, 32)), (40, 2, 2, (8,))):
         ids = rng.integers(-1, experts + 1, (rows, slots))
-        plan = jax.tree.map(np.asarray, plan_for(jnp.asarray(ids, jnp.int32), experts, block))
+        plan = jax.tree.map(np.asarray, plan_for(jnp.asarray(ids, jnp.int32), experts, sizes))
         inside = (ids >= 0) & (ids < experts)
         places = plan.place[inside]
-        assert len(set(places)) == inside.sum()
-        assert (plan.place[~inside] == len(plan.source_row)).all()
+        assert sorted(places) == list(range(inside.sum()))
+        assert (plan.place[~inside] >= inside.sum()).all()
         np.testing.assert_array_equal(plan.source_row[places], np.nonzero(inside)[0])
-        np.testing.assert_array_equal(plan.block_expert[places // block], ids[inside])
-        assert plan.num_blocks == sum(-(-np.sum(ids == e) // block) for e in range(experts))
-        assert plan.num_blocks * block <= len(plan.source_row)
+        counts = [np.sum(ids == expert) for expert in range(experts)]
+        assert plan.num_blocks == sum(-(-count // sizes[-1]) for count in counts)
+        covered = []
+        for index in range(plan.num_blocks):
+            size, start = sizes[plan.size_index[index]], plan.start[index]
+            end = plan.start[index + 1] if index + 1 < plan.num_blocks else inside.sum()
+            # a block holds its expert's rows up to the next block, in the smallest size that does
+            assert size == next(size for size in sizes if end - start <= size)
+            covered += [(place, plan.expert[index]) for place in range(start, end)]
+        assert sorted(covered) == sorted(zip(places, ids[inside], strict=True))
+        assert len(plan.source_row) == rows * slots + sizes[-1]
 
 
 def test_the_plan_has_room_for_the_worst_routing() -> None:
-    for rows, slots, experts, block in ((24, 1, 3, 8), (9, 2, 6, 8), (1, 2, 2, 8), (33, 1, 4, 16)):
+    for rows, slots, experts, sizes in ((24, 1, 3, (8,)), (9, 2, 6, (8,)), (1, 2, 2, (8,)), (33, 1, 4, (8, 16))):
         for ids in (np.arange(rows * slots) % experts, np.minimum(np.arange(rows * slots), experts - 1)):
-            plan = plan_for(jnp.asarray(ids.reshape(rows, slots), jnp.int32), experts, block)
-            assert int(plan.num_blocks) <= len(plan.block_expert)
-            assert int(plan.place.max()) < len(plan.source_row)
+            plan = plan_for(jnp.asarray(ids.reshape(rows, slots), jnp.int32), experts, sizes)
+            assert int(plan.num_blocks) <= len(plan.expert)
+            assert int(plan.start[:plan.num_blocks].max()) + sizes[-1] <= len(plan.source_row)
 
 
-def test_a_block_is_about_what_an_expert_gets() -> None:
-    assert block_rows(96 * 4, 16) == 32
-    assert block_rows(512 * 4, 16) == 128
-    assert block_rows(1, 64) == 8
-    assert block_rows(10**6, 4) == 128
+def test_block_sizes_reach_several_times_what_an_expert_gets() -> None:
+    assert block_sizes(32 * 4, 16) == (8, 16, 32)
+    assert block_sizes(1, 64) == (8,)
+    assert block_sizes(9, 1) == (8, 16)
+    assert block_sizes(10**6, 4) == BLOCK_SIZES
 
 
 _SHARDED = """
