@@ -1,0 +1,220 @@
+"""djax against its PyTorch twin: the same checkpoint, decoder, cache and prompts, in turn.
+
+    python -m benchmarks.decode            # mid-size random checkpoint, minutes
+    python -m benchmarks.decode --tiny     # seconds; says nothing about speed
+
+A pair is one generation by each engine, alternating who goes first. Both engines wait in worker processes
+and only one computes at a time. Every pair gives the ratio twin / djax of their times: above 1 djax is faster.
+Compile time (djax) and the choice of experts implementation and threads (twin) come before the first pair and are
+reported apart. Both decode the same tokens unless a float32 difference flips a decision; the record says
+whether they did, and the ratio per forward does not depend on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import checkpoint, report
+from benchmarks.engines import Case, Run, Worker
+
+RESULTS = Path(__file__).parent / "results" / "decode.json"
+RECIPES: dict[str, dict[str, Any]] = {
+    "none": {"threshold": 0.9, "cache": "none"},
+    "dual": {"threshold": 0.9, "cache": "dual"},
+    "vicinity": {"threshold": 0.8, "cache": "vicinity", "before": 16, "after": 16, "warmup": 4},
+}
+"""Fast-dLLM without and with its dual cache; dInfer's vicinity refresh with warm-up, hard tokens."""
+COLUMNS = ("recipe, batch", "NFE", "TPF", "TPS\ndjax", "TPS\ntwin", "ms/fwd\ndjax", "ms/fwd\ntwin",
+           "twin / djax\ntime", "twin / djax\nper forward", "same\ntokens", "compile\ns")
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """The rows asked for."""
+    lengths = {"prompt_length": 8, "max_new_tokens": 16, "block_length": 8} if options.tiny else {
+        "prompt_length": 64, "max_new_tokens": 128, "block_length": 32}
+    widths = {"before": 2, "after": 2, "warmup": 1} if options.tiny else {}
+    return [Case(recipe=name, batch=batch, **(RECIPES[name] | (widths if name == "vicinity" else {})), **lengths)
+            for name in options.recipes for batch in options.batches]
+
+
+def forwards(commit_step: Int[np.ndarray, "B T"], case: Case) -> int:
+    """Forwards of the whole batch: each block takes as many as its slowest row."""
+    blocks = commit_step[:, case.prompt_length:].reshape(len(commit_step), -1, case.block_length).max(-1) + 1
+    return int(np.diff(blocks, axis=1, prepend=0).max(0).sum())
+
+
+def generated(tokens: Int[np.ndarray, "B T"], case: Case, eos_id: int) -> Int[np.ndarray, "B"]:
+    """Generated tokens of each row up to and including the first EOS."""
+    ends = tokens[:, case.prompt_length:] == eos_id
+    return np.where(ends.any(1), ends.argmax(1) + 1, case.max_new_tokens)
+
+
+def engine_record(runs: Sequence[Run], case: Case, eos_id: int) -> dict[str, Any]:
+    """One engine's figures in one case."""
+    seconds = report.Spread.of([run.seconds for run in runs])
+    last = runs[-1]
+    nfe, count, length = last.commit_step.max(1) + 1, forwards(last.commit_step, case), generated(
+        last.tokens, case, eos_id)
+    return {
+        "seconds": dataclasses.asdict(seconds),
+        "cpu_seconds": dataclasses.asdict(report.Spread.of([run.cpu_seconds for run in runs])),
+        "nfe": nfe.tolist(), "forwards": count, "tokens": length.tolist(),
+        "tokens_per_forward": float(np.mean(length / nfe)),
+        "tokens_per_second": float(length.sum() / seconds.median),
+        "milliseconds_per_forward": 1e3 * seconds.median / count,
+    }
+
+
+def case_record(case: Case, pairs: Sequence[tuple[Run, Run]], prepared: dict[str, Any], eos_id: int) -> dict[str, Any]:
+    """What is written about one case; `pairs` are (djax, twin)."""
+    ours, theirs = ([pair[side] for pair in pairs] for side in range(2))
+    djax, twin = engine_record(ours, case, eos_id), engine_record(theirs, case, eos_id)
+    first, second = pairs[-1]
+    new = slice(case.prompt_length, None)
+    ratios = [right.seconds / left.seconds for left, right in pairs]
+    same_work = djax["forwards"] / twin["forwards"]
+    return {
+        "case": dataclasses.asdict(case),
+        "djax": djax | prepared["djax"] | {
+            "compile_seconds": prepared["djax"]["first_call_seconds"] - djax["seconds"]["median"]},
+        "twin": twin | prepared["twin"],
+        "pairs": [{"djax_seconds": left.seconds, "twin_seconds": right.seconds, "ratio": ratio,
+                   "djax_cpu_seconds": left.cpu_seconds, "twin_cpu_seconds": right.cpu_seconds}
+                  for (left, right), ratio in zip(pairs, ratios, strict=True)],
+        "ratio": dataclasses.asdict(report.Spread.of(ratios)),
+        "ratio_per_forward": dataclasses.asdict(report.Spread.of([ratio * same_work for ratio in ratios])),
+        "agreement": {
+            "tokens": bool((first.tokens == second.tokens).all()),
+            "commit_steps": bool((first.commit_step == second.commit_step).all()),
+            "nfe": djax["nfe"] == twin["nfe"],
+            "share_of_equal_tokens": float((first.tokens == second.tokens)[:, new].mean()),
+        },
+    }
+
+
+def measure(
+    engines: dict[str, Worker], case: Case, *, pairs: int, prompts: Int[np.ndarray, "B P"], eos_id: int,
+    advance: Callable[[str], None],
+) -> dict[str, Any]:
+    """Prepare both engines, then run the pairs."""
+    prepared = {}
+    for name, engine in engines.items():
+        advance(f"{case.recipe}, batch {case.batch}: {name} gets ready")
+        prepared[name] = engine.prepare(case, prompts)
+    done = []
+    for number in range(pairs):
+        advance(f"{case.recipe}, batch {case.batch}: pair {number + 1}")
+        order = ("djax", "twin") if number % 2 == 0 else ("twin", "djax")
+        runs = {name: engines[name].run(case, prompts) for name in order}
+        done.append((runs["djax"], runs["twin"]))
+    return case_record(case, done, prepared, eos_id)
+
+
+def show(record: dict[str, Any], console: Console) -> None:
+    """The table, and what it does not show."""
+    rows = []
+    for row in record["rows"]:
+        djax, twin, case = row["djax"], row["twin"], row["case"]
+        mean = lambda values: f"{float(np.mean(values)):.1f}"  # noqa: E731
+        share = row["agreement"]["share_of_equal_tokens"]
+        rows.append((
+            f"{case['recipe']}, {case['batch']}",
+            mean(djax["nfe"]) if row["agreement"]["nfe"] else f"{mean(djax['nfe'])} / {mean(twin['nfe'])}",
+            f"{djax['tokens_per_forward']:.2f}", f"{djax['tokens_per_second']:.1f}",
+            f"{twin['tokens_per_second']:.1f}", f"{djax['milliseconds_per_forward']:.1f}",
+            f"{twin['milliseconds_per_forward']:.1f}", report.Spread(**row["ratio"]).show(),
+            report.Spread(**row["ratio_per_forward"]).show(),
+            "yes" if row["agreement"]["tokens"] else f"{100 * share:.1f} %", f"{djax['compile_seconds']:.1f}"))
+    hardware, settings = record["hardware"], record["settings"]
+    title = f"djax against transformers + eager PyTorch, float32, {hardware['cpu']}, {settings['cores']} cores"
+    console.print(report.table(title, COLUMNS, rows))
+    console.print("twin / djax: pair by pair, median (lowest to highest); above 1 djax is faster.", highlight=False)
+    load = record["load_average"]
+    if load is not None and load > 1.5 * settings["cores"]:
+        console.print(f"The machine was shared: load average {load:.1f} on {settings['cores']} cores.")
+
+
+def make_console() -> Console:
+    """A console wide enough for the table where there is no terminal to fit it to."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 140))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.partition("\n")[0])
+    parser.add_argument("--pairs", type=int, default=7, help="pairs per row (default 7)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="B")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME",
+                        help=f"of {', '.join(RECIPES)} (default: all)")
+    parser.add_argument("--cores", type=int, help="use this many of the cores (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the prompts")
+    parser.add_argument("--tiny", action="store_true", help="a tiny checkpoint: seconds, no figures worth quoting")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file (default benchmarks/results/decode.json)")
+    options = parser.parse_args(arguments)
+    for name, values in (("--pairs", [options.pairs]), ("--batches", options.batches)):
+        if min(values) < 1:
+            parser.error(f"{name}: got {min(values)}; it must be at least 1")
+    if options.cores is not None and not 1 <= options.cores <= report.cores():
+        parser.error(f"--cores: got {options.cores}; allowed 1 to {report.cores()}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    options, console = parse(arguments), make_console()
+    if options.cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # the workers inherit it
+    shapes = checkpoint.TINY if options.tiny else checkpoint.MID_SIZE
+    rows: list[dict[str, Any]] = []
+    workers: dict[str, Worker] = {}
+    wanted = cases(options)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   console=console, transient=True)
+    with tempfile.TemporaryDirectory(prefix="djax-decode-") as name, bar:
+        task = bar.add_task("writing the checkpoint", total=3 + len(wanted) * (options.pairs + 2))
+
+        def advance(description: str) -> None:
+            bar.update(task, description=description, advance=1)
+
+        parameters = checkpoint.write(Path(name), shapes, seed=options.seed)
+        try:
+            for engine in ("djax", "twin"):
+                advance(f"loading {engine}")
+                workers[engine] = Worker(engine, Path(name))
+            for case in wanted:
+                prompts = checkpoint.prompts(
+                    shapes, batch=case.batch, length=case.prompt_length, seed=options.seed + 1)
+                rows.append(measure(workers, case, pairs=options.pairs, prompts=prompts,
+                                    eos_id=shapes["eos_token_id"], advance=advance))
+        finally:
+            for worker in workers.values():
+                worker.close()
+        advance("done")
+    record = {
+        "benchmark": "decode", **report.provenance("benchmarks.decode"),
+        "settings": {"cores": report.cores(), "pairs": options.pairs, "seed": options.seed, "dtype": "float32",
+                     "parameters": parameters, "tiny": options.tiny, "model": shapes},
+        "load_seconds": {engine: worker.loaded["load_seconds"] for engine, worker in workers.items()},
+        "djax_faster_in_every_row": all(row["ratio"]["median"] > 1 for row in rows), "rows": rows,
+    }
+    report.save(options.out, record)
+    show(record, console)
+    console.print(f"[dim]{options.out}[/dim]")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
