@@ -44,14 +44,19 @@ class ModelDenoiser:
         write: Bool[Array, "B W"],
         cache: Cache | None,
     ) -> tuple[Hidden, Cache | None]:
-        """Hidden states of a window; see `djax.types.Denoiser.apply`."""
-        return self._model(params)(
+        """Hidden states of a window; see `djax.types.Denoiser.apply`.
+
+        They end before the last layer's experts: the loop reads one block of the window, and `unembed` runs
+        the rest of the network there only.
+        """
+        return self._model(params).trunk(
             inputs, positions=positions, key_mask=key_mask, window_start=window_start, write=write,
             cache=cache)
 
     def unembed(self, params: Params, hidden: Hidden) -> Logits:
         """float32 logits of hidden states."""
-        return self._model(params).unembed(hidden)
+        model = self._model(params)
+        return model.unembed(model.finish(hidden))
 
     def expected_embedding(self, params: Params, logits: Logits) -> Float[Array, "B L D"]:
         """`softmax(logits) @ W_embed`, the softmax in float32."""

@@ -81,15 +81,31 @@ class Layer(nnx.Module):
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
         """The residual stream after the layer, and the layer's cache."""
-        eps = self.config.rms_norm_eps
+        x, cache = self.mix(
+            x, positions=positions, key_mask=key_mask, window_start=window_start, write=write, cache=cache)
+        return self.transform(x), cache
+
+    def mix(
+        self,
+        x: Float[Array, "B W D"],
+        *,
+        positions: Int[Array, "B W"],
+        key_mask: Bool[Array, "B T"],
+        window_start: Int[Array, ""],
+        write: Bool[Array, "B W"],
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
+        """The layer's first half, attention: the residual stream after it, and the layer's cache."""
         with jax.named_scope("attention"):
             mixed, cache = self.attention(
-                rms_norm(x, self.attention_norm[...], eps=eps), positions=positions, key_mask=key_mask,
-                window_start=window_start, write=write, cache=cache)
-            x = x + mixed
+                rms_norm(x, self.attention_norm[...], eps=self.config.rms_norm_eps), positions=positions,
+                key_mask=key_mask, window_start=window_start, write=write, cache=cache)
+        return x + mixed, cache
+
+    def transform(self, x: Float[Array, "B W D"]) -> Float[Array, "B W D"]:
+        """The second half, the experts: each position by itself."""
         with jax.named_scope("moe"):
-            x = x + self.moe(rms_norm(x, self.moe_norm[...], eps=eps))
-        return x, cache
+            return x + self.moe(rms_norm(x, self.moe_norm[...], eps=self.config.rms_norm_eps))
 
 
 class LladaMoe(nnx.Module):
@@ -143,6 +159,24 @@ class LladaMoe(nnx.Module):
             ValueError: there is no cache and the window is not the canvas, or the cache has another length
                 than `key_mask`.
         """
+        x, cache = self.trunk(
+            inputs, positions=positions, key_mask=key_mask, window_start=window_start, write=write, cache=cache)
+        return self.finish(x), cache
+
+    def trunk(
+        self,
+        inputs: Float[Array, "B W D"],
+        *,
+        positions: Int[Array, "B W"],
+        key_mask: Bool[Array, "B T"],
+        window_start: Int[Array, ""],
+        write: Bool[Array, "B W"],
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "B W D"], KVCache | None]:
+        """All of the network in which positions meet: up to the last layer's experts. See `__call__`.
+
+        What remains, `finish`, takes each position by itself, so it need only run where it is read.
+        """
         canvas = inputs.shape[1] if cache is None else cache.length
         if key_mask.shape[1] != canvas:
             raise ValueError(
@@ -151,14 +185,20 @@ class LladaMoe(nnx.Module):
         x = inputs.astype(self.embed[...].dtype)
         layer_caches = []
         for index, layer in enumerate(self.layers):
+            step = layer if index < len(self.layers) - 1 else layer.mix
             with jax.named_scope(f"layer_{index}"):
-                x, layer_cache = layer(
+                x, layer_cache = step(
                     x, positions=positions, key_mask=key_mask, window_start=window_start, write=write,
                     cache=None if cache is None else cache.layers[index])
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
-        hidden = rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps)
-        return hidden, None if cache is None else KVCache(tuple(layer_caches))
+        return x, None if cache is None else KVCache(tuple(layer_caches))
+
+    def finish(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """The last layer's experts and the final norm, for any positions that `trunk` gave."""
+        with jax.named_scope(f"layer_{len(self.layers) - 1}"):
+            x = self.layers[-1].transform(x)
+        return rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps)
 
     def unembed(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """float32 logits; position i's logits are about the token at position i."""
