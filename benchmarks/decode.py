@@ -42,9 +42,9 @@ COLUMNS = ("recipe, batch", "NFE", "TPF", "TPS\ndjax", "TPS\ntwin", "ms/fwd\ndja
 
 def cases(options: argparse.Namespace) -> list[Case]:
     """The rows asked for."""
-    lengths = {"prompt_length": 8, "max_new_tokens": 16, "block_length": 8} if options.tiny else {
+    lengths: dict[str, Any] = {"prompt_length": 8, "max_new_tokens": 16, "block_length": 8} if options.tiny else {
         "prompt_length": 64, "max_new_tokens": 128, "block_length": 32}
-    widths = {"before": 2, "after": 2, "warmup": 1} if options.tiny else {}
+    widths: dict[str, Any] = {"before": 2, "after": 2, "warmup": 1} if options.tiny else {}
     return [Case(recipe=name, batch=batch, **(RECIPES[name] | (widths if name == "vicinity" else {})), **lengths)
             for name in options.recipes for batch in options.batches]
 

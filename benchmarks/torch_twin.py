@@ -97,7 +97,7 @@ class WindowCache:
 
 def twin_config(fields: dict[str, Any]) -> Qwen3MoeConfig:
     """The Qwen3-MoE configuration of the same network as a LLaDA-MoE `config.json`."""
-    config = Qwen3MoeConfig(
+    config = Qwen3MoeConfig(  # type: ignore[call-arg]  # transformers' own signature is made at run time
         vocab_size=fields["vocab_size"], hidden_size=fields["hidden_size"],
         num_hidden_layers=fields["num_hidden_layers"], num_attention_heads=fields["num_attention_heads"],
         num_key_value_heads=fields["num_key_value_heads"],
