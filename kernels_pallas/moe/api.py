@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.dispatch import Implementation, current_platform, resolve
 from kernels_pallas.moe.reference import moe_reference
-from kernels_pallas.moe.xla_blocks import moe_xla_blocks
 from kernels_pallas.moe.xla_dense import moe_xla_dense
+from kernels_pallas.moe.xla_grouped import moe_xla_grouped
 
 
 def _any_call(platform: str, *operands: Any) -> str | None:
@@ -21,13 +21,13 @@ def _any_call(platform: str, *operands: Any) -> str | None:
 
 IMPLEMENTATIONS = {
     "reference": Implementation(moe_reference, _any_call),
-    "xla_blocks": Implementation(moe_xla_blocks, _any_call),
+    "xla_grouped": Implementation(moe_xla_grouped, _any_call),
     "xla_dense": Implementation(moe_xla_dense, _any_call),
 }
 
 _PREFERENCE = {
     # a CPU is bound by arithmetic: only the rows that were routed
-    "cpu": ("xla_blocks", "reference"),
+    "cpu": ("xla_grouped", "reference"),
 }
 # an accelerator is bound by reading the weights, and a loop with a dynamic trip count is driven by the host
 _ACCELERATOR = ("xla_dense", "reference")
@@ -117,9 +117,9 @@ def moe(
         expert_ids: integers.
         weights: router weights, used as they are (no normalisation).
         gate, up, down: expert weights.
-        implementation: "reference", "xla_blocks", "xla_dense", or None for the best on this platform
+        implementation: "reference", "xla_grouped", "xla_dense", or None for the best on this platform
             (`moe_choice` says which). All are reverse-differentiable in everything but `expert_ids`;
-            "xla_blocks" has no forward mode.
+            "xla_grouped" has no forward mode.
 
     Returns:
         Rows in x's dtype.

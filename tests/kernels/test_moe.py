@@ -14,7 +14,7 @@ import pytest
 
 from kernels_pallas import moe, moe_choice
 from kernels_pallas.moe import IMPLEMENTATIONS
-from kernels_pallas.moe.xla_blocks import BLOCK_SIZES, block_sizes, plan_blocks
+from kernels_pallas.moe.xla_grouped import ALIGNMENT, BLOCK_SIZES, block_sizes, capacity, plan_rows
 
 from .moe_cases import CASES, Case, operands, oracle
 
@@ -22,7 +22,7 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 1.5e-2}
 SEED = 7
 NAMES = [*IMPLEMENTATIONS, None]
 run = jax.jit(moe, static_argnames="implementation")
-plan_for = jax.jit(plan_blocks, static_argnums=(1, 2))
+plan_for = jax.jit(plan_rows, static_argnums=(1, 2, 3))
 
 
 @pytest.fixture(params=NAMES, ids=str)
@@ -97,7 +97,7 @@ def test_gradients_are_the_loops_slopes(implementation: str | None) -> None:
 def test_the_choice_can_be_asked() -> None:
     arguments = operands(Case(name="asked", rows=8, slots=2), SEED)
     shapes = jax.eval_shape(lambda *a: a, *arguments)
-    assert moe_choice(*shapes, platform="cpu") == "xla_blocks"
+    assert moe_choice(*shapes, platform="cpu") == "xla_grouped"
     assert moe_choice(*shapes, platform="gpu") == "xla_dense"
     assert moe_choice(*shapes, platform="tpu") == "xla_dense"
     assert moe_choice(*shapes, implementation="reference", platform="cpu") == "reference"
@@ -106,7 +106,7 @@ def test_the_choice_can_be_asked() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     x, ids, weights, gate, up, down = operands(Case(name="refused", rows=8, slots=2), SEED)
-    with pytest.raises(ValueError, match=r"'mosaic'; moe has 'reference', 'xla_blocks', 'xla_dense'"):
+    with pytest.raises(ValueError, match=r"'mosaic'; moe has 'reference', 'xla_grouped', 'xla_dense'"):
         moe(x, ids, weights, gate, up, down, implementation="mosaic")
     with pytest.raises(ValueError, match="fold batch axes"):
         moe(x[None], ids, weights, gate, up, down)
@@ -124,40 +124,53 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_plan_holds_every_routed_row_once() -> None:
     rng = np.random.default_rng(SEED)
-    for rows, slots, experts, sizes in (
-            (37, 3, 6, (8, 16)), (1, 1, 40, (8,)), (64, 2, 4, (8, 16, 32)), (5, 4, 4, (8, 16, 32)), (40, 2, 2, (8,))):
+    for rows, slots, experts, places, largest in (
+            (37, 3, 6, 8, 16), (1, 1, 40, 8, 8), (64, 2, 4, 16, 32), (5, 4, 4, 24, 1), (40, 2, 2, 8, 8)):
         ids = rng.integers(-1, experts + 1, (rows, slots))
-        plan = jax.tree.map(np.asarray, plan_for(jnp.asarray(ids, jnp.int32), experts, sizes))
-        inside = (ids >= 0) & (ids < experts)
-        places = plan.place[inside]
-        assert sorted(places) == list(range(inside.sum()))
-        assert (plan.place[~inside] >= inside.sum()).all()
-        np.testing.assert_array_equal(plan.source_row[places], np.nonzero(inside)[0])
-        counts = [np.sum(ids == expert) for expert in range(experts)]
-        assert plan.num_blocks == sum(-(-count // sizes[-1]) for count in counts)
-        covered = []
-        for index in range(plan.num_blocks):
-            size, start = sizes[plan.size_index[index]], plan.start[index]
-            end = plan.start[index + 1] if index + 1 < plan.num_blocks else inside.sum()
-            # a block holds its expert's rows up to the next block, in the smallest size that does
-            assert size == next(size for size in sizes if end - start <= size)
-            covered += [(place, plan.expert[index]) for place in range(start, end)]
-        assert sorted(covered) == sorted(zip(places, ids[inside], strict=True))
-        assert len(plan.source_row) == rows * slots + sizes[-1]
+        plan = jax.tree.map(np.asarray, plan_for(jnp.asarray(ids, jnp.int32), experts, places, largest))
+        entries = np.arange(rows * slots).reshape(rows, slots)
+        blocks = {
+            int(entry): int(plan.expert[block]) for block in range(plan.num_blocks)
+            for entry in plan.overflow[plan.start[block] : plan.start[block] + plan.rows[block]]}
+        assert sum(plan.rows[: plan.num_blocks]) == len(blocks), "an entry stands in two blocks"
+        seen = {expert: 0 for expert in range(experts)}
+        for (row, slot), expert in np.ndenumerate(ids):
+            entry, place = int(entries[row, slot]), int(plan.place[row, slot])
+            if not 0 <= expert < experts:
+                assert place == experts * places
+                assert entry not in blocks
+                continue
+            if seen[expert] < places:  # the first ones in the product, in their order
+                assert place == expert * places + seen[expert]
+                assert plan.source_row[place] == row
+                assert entry not in blocks
+            else:
+                assert place == experts * places
+                assert blocks.pop(entry) == expert
+            seen[expert] += 1
+        assert not blocks
+        assert len(plan.overflow) == rows * slots + largest
 
 
 def test_the_plan_has_room_for_the_worst_routing() -> None:
-    for rows, slots, experts, sizes in ((24, 1, 3, (8,)), (9, 2, 6, (8,)), (1, 2, 2, (8,)), (33, 1, 4, (8, 16))):
+    for rows, slots, experts, largest in ((24, 1, 3, 8), (9, 2, 6, 8), (1, 2, 2, 8), (33, 1, 4, 16)):
         for ids in (np.arange(rows * slots) % experts, np.minimum(np.arange(rows * slots), experts - 1)):
-            plan = plan_for(jnp.asarray(ids.reshape(rows, slots), jnp.int32), experts, sizes)
+            plan = plan_for(jnp.asarray(ids.reshape(rows, slots), jnp.int32), experts, 1, largest)
             assert int(plan.num_blocks) <= len(plan.expert)
-            assert int(plan.start[:plan.num_blocks].max()) + sizes[-1] <= len(plan.source_row)
+            assert int(plan.rows.sum()) == sum(max(np.sum(ids == expert) - 1, 0) for expert in range(experts))
+            assert int((plan.start + plan.rows)[: plan.num_blocks].max(initial=0)) + largest <= len(plan.overflow)
 
 
-def test_block_sizes_reach_several_times_what_an_expert_gets() -> None:
-    assert block_sizes(32 * 4, 16) == (8, 16, 32)
-    assert block_sizes(1, 64) == (8,)
-    assert block_sizes(9, 1) == (8, 16)
+def test_the_product_takes_an_even_share_and_small_calls_need_no_loop() -> None:
+    for rows, experts in ((128, 16), (384, 16), (6144, 16), (768, 64), (10**5, 8)):
+        share = rows / experts
+        assert share < capacity(rows, experts) < share + share**0.5 + ALIGNMENT + 1
+        assert capacity(rows, experts) % ALIGNMENT == 0
+    for rows, experts in ((1, 64), (9, 1), (32, 4)):
+        assert capacity(rows, experts) >= rows
+        assert block_sizes(rows, experts) == ()
+    assert block_sizes(33, 64) == (8,)
+    assert block_sizes(32 * 4, 16) == (8, 32)
     assert block_sizes(10**6, 4) == BLOCK_SIZES
 
 
@@ -172,7 +185,7 @@ arguments = operands(case, 7)
 for specs in ((P("data"), P("data"), P("data"), P(None, "tensor"), P(None, "tensor"), P(None, None, "tensor")),
               (P("data"), P("data"), P("data"), P("tensor"), P("tensor"), P("tensor"))):
     placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arguments, specs)]
-    for name in ("reference", "xla_blocks", "xla_dense"):
+    for name in ("reference", "xla_grouped", "xla_dense"):
         got = jax.jit(moe, static_argnames="implementation")(*placed, implementation=name)
         expected = oracle(*arguments)
         assert np.abs(np.asarray(got) - expected).max() < 2e-6 * np.abs(expected).max(), (name, specs)

@@ -1,0 +1,167 @@
+"""Rows grouped by expert: one batched product for what every expert can expect, a loop for what is more.
+
+The first C rows of each expert go through three batched products over all experts, which read every weight in
+place. Routing is uneven, so C is near the mean; an expert's further rows go through a loop over blocks of one
+expert each, every block of the size that it needs. There taking an expert by a dynamic index copies its weights,
+and each small product pays for waking the threads: worth it only where the rows are many for one expert.
+
+The loop's trip count is data, so the gradient is that of `xla_dense`, recomputed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.moe.xla_dense import moe_xla_dense
+
+BLOCK_SIZES = (8, 32, 128)
+"""Rows per block of the loop. Below 8 nothing is saved; each size is a program of its own to compile."""
+ALIGNMENT = 8
+"""C is a multiple of it."""
+
+
+class Plan(NamedTuple):
+    """Where each of the S = M * k routed rows goes: C places an expert in the product, or the blocks."""
+
+    place: Int[Array, "M k"]
+    """Place in the product, expert * C + rank; E * C for a row that overflows or goes nowhere."""
+    source_row: Int[Array, "E*C"]
+    """Row that fills each place; 0 where nothing does."""
+    overflow: Int[Array, "S+largest"]
+    """What overflows, expert by expert without gaps: row * k + slot; 0 where nothing is left."""
+    start: Int[Array, "blocks"]
+    """First entry of `overflow` in each block; they rise."""
+    expert: Int[Array, "blocks"]
+    rows: Int[Array, "blocks"]
+    """How many of the block's entries are the expert's; the following ones belong to the next block."""
+    num_blocks: Int[Array, ""]
+    """Blocks in use: they come first."""
+
+
+def capacity(num_rows: int, num_experts: int) -> int:
+    """C for `num_rows` = M * k routed rows: an even share and about one standard deviation more.
+
+    So few rows that padding costs nothing all fit, and then there is no loop.
+    """
+    share = num_rows / num_experts
+    wanted = num_rows if num_rows <= 4 * ALIGNMENT else min(share + share**0.5, num_rows)
+    return -(-int(wanted + 0.999) // ALIGNMENT) * ALIGNMENT
+
+
+def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
+    """The loop's sizes worth compiling: none where all rows fit, else up to twice an expert's share."""
+    if capacity(num_rows, num_experts) >= num_rows:
+        return ()
+    wanted = 2 * num_rows // num_experts
+    return tuple(size for below, size in zip((0, *BLOCK_SIZES), BLOCK_SIZES, strict=False) if below < max(wanted, 1))
+
+
+def plan_rows(expert_ids: Int[Array, "M k"], num_experts: int, places: int, largest: int) -> Plan:
+    """Places for all routed rows, `places` = C an expert, and blocks of up to `largest` for the rest.
+
+    Rows of one expert keep their order.
+    """
+    num_tokens, slots = expert_ids.shape
+    routed = num_tokens * slots
+    flat = expert_ids.reshape(routed)
+    chosen = flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)  # an id out of range matches no expert
+    running = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
+    rank = jnp.sum(jnp.where(chosen, running, 0), axis=1) - 1
+    expert = jnp.clip(flat, 0, num_experts - 1)
+    fits = (rank >= 0) & (rank < places)
+    place = jnp.where(fits, expert * places + rank, num_experts * places)
+    index = jnp.arange(routed, dtype=jnp.int32)
+    source_row = jnp.zeros(num_experts * places, jnp.int32).at[place].set(index // slots, mode="drop")
+    more = jnp.maximum(running[-1] - places, 0)
+    first = jnp.cumsum(more) - more
+    entry = jnp.where(rank >= places, first[expert] + rank - places, routed + largest)
+    overflow = jnp.zeros(routed + largest, jnp.int32).at[entry].set(index, mode="drop")
+    blocks = -(-more // largest)
+    last = jnp.cumsum(blocks)
+    block = jnp.arange(min(routed, routed // largest + num_experts), dtype=jnp.int32)
+    owner = jnp.minimum(jnp.sum(block[:, None] >= last, axis=1), num_experts - 1)
+    done = (block - (last - blocks)[owner]) * largest
+    return Plan(
+        place=place.reshape(num_tokens, slots), source_row=source_row, overflow=overflow,
+        start=first[owner] + done, expert=owner, rows=jnp.clip(more[owner] - done, 0, largest), num_blocks=last[-1])
+
+
+def _swiglu(rows: Array, gate: Array, up: Array, down: Array) -> Array:
+    """Rows [..., R, D] through experts [..., F, D], float32; leading axes are batches."""
+    precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
+    batch = tuple(range(rows.ndim - 2))
+
+    def dot(a: Array, b: Array) -> Array:
+        last = (rows.ndim - 1,)
+        return lax.dot_general(
+            a, b, ((last, last), (batch, batch)), precision=precision, preferred_element_type=jnp.float32)
+
+    hidden = (jax.nn.silu(dot(rows, gate)) * dot(rows, up)).astype(rows.dtype)
+    return dot(hidden, down)
+
+
+def _forward(x: Array, expert_ids: Array, weights: Array, gate: Array, up: Array, down: Array) -> Array:
+    (num_tokens, slots), num_experts = expert_ids.shape, gate.shape[0]
+    places, sizes = capacity(expert_ids.size, num_experts), block_sizes(expert_ids.size, num_experts)
+    plan = plan_rows(expert_ids, num_experts, places, sizes[-1] if sizes else 1)
+    weights = weights.astype(jnp.float32)
+    product = _swiglu(x[plan.source_row].reshape(num_experts, places, -1), gate, up, down)
+    product = product.reshape(num_experts * places, -1)
+    total = jnp.zeros(x.shape, jnp.float32)
+    for slot in range(slots):  # slot by slot: no [M, k, D] array
+        place = plan.place[:, slot, None]
+        part = weights[:, slot, None] * product[jnp.minimum(place[:, 0], len(product) - 1)]
+        total += jnp.where(place < len(product), part, 0.0)
+    if not sizes:
+        return total.astype(x.dtype)
+
+    def add_block(index: Array, total: Array) -> Array:
+        expert, entries = plan.expert[index], lax.dynamic_slice(plan.overflow, (plan.start[index],), sizes[-1:])
+        row, weight = entries // slots, weights.reshape(-1)[entries]
+        mine = jnp.arange(sizes[-1]) < plan.rows[index]
+
+        def through(size: int, rows: Array, *matrices: Array) -> Array:
+            return jnp.pad(_swiglu(rows[:size], *matrices), ((0, sizes[-1] - size), (0, 0)))
+
+        # Only the block's own result goes through the switch: `total` would be copied by every branch.
+        result = lax.switch(
+            jnp.sum(plan.rows[index] > jnp.asarray(sizes[:-1], jnp.int32)),
+            [partial(through, size) for size in sizes], x[row], gate[expert], up[expert], down[expert])
+        return total.at[jnp.where(mine, row, num_tokens)].add(weight[:, None] * result, mode="drop")
+
+    return lax.fori_loop(0, plan.num_blocks, add_block, total).astype(x.dtype)
+
+
+@jax.custom_vjp
+def moe_xla_grouped(
+    x: Float[Array, "M D"],
+    expert_ids: Int[Array, "M k"],
+    weights: Float[Array, "M k"],
+    gate: Float[Array, "E F D"],
+    up: Float[Array, "E F D"],
+    down: Float[Array, "E D F"],
+) -> Float[Array, "M D"]:
+    """See `kernels_pallas.moe.moe`. Reverse mode only: the backward pass is `xla_dense`'s."""
+    return _forward(x, expert_ids, weights, gate, up, down)
+
+
+def _vjp_forward(*operands: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _forward(*operands), operands
+
+
+def _vjp_backward(operands: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
+    x, expert_ids, weights, gate, up, down = operands
+    _, pull_back = jax.vjp(
+        lambda x, weights, gate, up, down: moe_xla_dense(x, expert_ids, weights, gate, up, down),
+        x, weights, gate, up, down)
+    grad_x, *grads = pull_back(cotangent)
+    return (grad_x, None, *grads)
+
+
+moe_xla_grouped.defvjp(_vjp_forward, _vjp_backward)
