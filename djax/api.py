@@ -385,8 +385,8 @@ def _advance(
 
 def _logits(denoiser: Denoiser, params: Params, tokens: Array, valid: Array, positions: Array) -> Array:
     hidden, _ = denoiser.apply(
-        params, denoiser.embed(params, tokens), positions=positions, key_mask=valid, window_start=jnp.int32(0),
-        write=valid, cache=None)
+        params, denoiser.embed(params, tokens), positions=denoiser.place(params, positions), key_mask=valid,
+        window_start=jnp.int32(0), write=valid, cache=None)
     return denoiser.unembed(params, hidden)
 
 

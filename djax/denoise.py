@@ -30,6 +30,7 @@ from djax.types import (
     Logits,
     Params,
     Plan,
+    Positions,
     Propose,
     Smoothing,
     StepInfo,
@@ -131,7 +132,9 @@ def advance(
         _, info, _ = _enter_block(canvas, parts, state)
         return parts.cache_policy.plan(info, canvas.length, canvas.block_length).refresh
 
-    step = partial(denoising_step, denoiser, params, canvas, parts)
+    # outside the loop: XLA would compute its sines and cosines anew in every step and, on CPU, in every head
+    positions = denoiser.place(params, canvas.positions)
+    step = partial(denoising_step, denoiser, params, canvas, positions, parts)
     window = parts.cache_policy.window_length(canvas.length, canvas.first_block, canvas.block_length)
     if window is None or window == canvas.length:
         return lax.while_loop(more, partial(step, canvas.length), state)
@@ -160,7 +163,8 @@ def finish(canvas: Canvas, state: DenoiseState, *, parts: Parts) -> Result:
 
 
 def denoising_step(
-    denoiser: Denoiser, params: Params, canvas: Canvas, parts: Parts, width: int, state: DenoiseState
+    denoiser: Denoiser, params: Params, canvas: Canvas, positions: Positions, parts: Parts, width: int,
+    state: DenoiseState,
 ) -> DenoiseState:
     """One forward and one decision, for every row that has something to do in the current block.
 
@@ -170,7 +174,7 @@ def denoising_step(
     state, info, active = _enter_block(canvas, parts, state)
     plan = parts.cache_policy.plan(info, canvas.length, canvas.block_length)
     logits, cache, expected, recomputed = _forward(
-        denoiser, params, canvas, state, info, plan, active, width=width, soft=parts.smoothing.soft)
+        denoiser, params, canvas, positions, state, info, plan, active, width=width, soft=parts.smoothing.soft)
     state = dataclasses.replace(
         state, cache=cache, step=state.step + active, nfe=state.nfe + active * denoiser.forwards,
         refreshes=state.refreshes + (active & plan.refresh), step_in_block=state.step_in_block + 1,
@@ -214,8 +218,8 @@ def _enter_block(
 
 
 def _forward(
-    denoiser: Denoiser, params: Params, canvas: Canvas, state: DenoiseState, info: StepInfo, plan: Plan,
-    active: Bool[Array, "B"], *, width: int, soft: bool,
+    denoiser: Denoiser, params: Params, canvas: Canvas, positions: Positions, state: DenoiseState, info: StepInfo,
+    plan: Plan, active: Bool[Array, "B"], *, width: int, soft: bool,
 ) -> tuple[Logits, Cache | None, Float[Array, "B T D"] | None, Bool[Array, "B T"]]:
     """The block's logits, the cache, the expected embeddings (if smoothing asks), and what was recomputed."""
     start = jnp.clip(plan.start, 0, canvas.length - width)
@@ -224,8 +228,9 @@ def _forward(
     inputs = (denoiser.embed(params, _columns(state.tokens, start, width)) if state.inputs is None
               else _columns(state.inputs, start, width))
     hidden, cache = denoiser.apply(
-        params, inputs, positions=_columns(canvas.positions, start, width), key_mask=canvas.valid,
-        window_start=start, write=_columns(recomputed, start, width) & active[:, None], cache=state.cache)
+        params, inputs, positions=jax.tree.map(lambda array: _columns(array, start, width), positions),
+        key_mask=canvas.valid, window_start=start, write=_columns(recomputed, start, width) & active[:, None],
+        cache=state.cache)
     logits, expected = _read_head(
         denoiser, params, hidden, offset=info.block_start - start, block_length=canvas.block_length, soft=soft)
     if expected is not None:

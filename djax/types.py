@@ -19,6 +19,8 @@ Hidden = Any
 """What a denoiser's `apply` hands to its own `unembed`: a pytree of arrays with leading axes [B, W]."""
 Cache = Any
 """What a denoiser keeps between forwards: a pytree, opaque to the loop."""
+Positions = Any
+"""What a denoiser's `place` makes of positions: a pytree of arrays with leading axes [B, T], or [B, W] in a window."""
 PartState = Any
 """A part's own state: a pytree of arrays, or () for none."""
 Logits = Float[Array, "B L V"]
@@ -98,18 +100,22 @@ class Denoiser(Protocol):
         """Input embeddings of tokens."""
         ...
 
+    def place(self, params: Params, positions: Int[Array, "B T"]) -> Positions:
+        """What `apply` needs of positions (rotation angles, say), made once before the loop."""
+        ...
+
     def apply(
         self,
         params: Params,
         inputs: Float[Array, "B W D"],
         *,
-        positions: Int[Array, "B W"],
+        positions: Positions,
         key_mask: Bool[Array, "B T"],
         window_start: Int[Array, ""],
         write: Bool[Array, "B W"],
         cache: Cache | None,
     ) -> tuple[Hidden, Cache | None]:
-        """Hidden states of a window of the canvas.
+        """Hidden states of a window of the canvas; `positions` is the window's part of what `place` gave.
 
         With a cache, the window's keys and values replace the cache's where `write` is set and the
         queries attend to the whole cache; without one the window is the canvas (W = T) and `write` is

@@ -79,6 +79,9 @@ class ToyDenoiser:
     def embed(self, params: Any, tokens: jax.Array) -> jax.Array:
         return jnp.asarray(params["embed"])[tokens]
 
+    def place(self, params: Any, positions: jax.Array) -> jax.Array:
+        return positions
+
     def apply(
         self, params: Any, inputs: jax.Array, *, positions: jax.Array, key_mask: jax.Array,
         window_start: jax.Array, write: jax.Array, cache: KVCache | None,
@@ -157,6 +160,9 @@ class ScriptedDenoiser:
 
     def embed(self, params: Any, tokens: jax.Array) -> jax.Array:
         return jnp.zeros((*tokens.shape, 1), jnp.float32)
+
+    def place(self, params: Any, positions: jax.Array) -> jax.Array:
+        return positions
 
     def apply(
         self, params: Any, inputs: jax.Array, *, positions: jax.Array, key_mask: jax.Array,

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from djax import struct
-from djax.types import Cache, Denoiser, Hidden, Logits, Params
+from djax.types import Cache, Denoiser, Hidden, Logits, Params, Positions
 
 
 @struct.dataclass
@@ -33,12 +33,16 @@ class ModelDenoiser:
         """Input embeddings of tokens."""
         return self._model(params).embed_tokens(tokens)
 
+    def place(self, params: Params, positions: Int[Array, "B T"]) -> Positions:
+        """The rotation of every position, the same in all layers and forwards."""
+        return self._model(params).rotation(positions)
+
     def apply(
         self,
         params: Params,
         inputs: Float[Array, "B W D"],
         *,
-        positions: Int[Array, "B W"],
+        positions: Positions,
         key_mask: Bool[Array, "B T"],
         window_start: Int[Array, ""],
         write: Bool[Array, "B W"],
@@ -50,7 +54,7 @@ class ModelDenoiser:
         the rest of the network there only.
         """
         return self._model(params).trunk(
-            inputs, positions=positions, key_mask=key_mask, window_start=window_start, write=write,
+            inputs, rotation=positions, key_mask=key_mask, window_start=window_start, write=write,
             cache=cache)
 
     def unembed(self, params: Params, hidden: Hidden) -> Logits:
@@ -94,12 +98,16 @@ class Guided:
         """Input embeddings of tokens."""
         return self.denoiser.embed(params, tokens)
 
+    def place(self, params: Params, positions: Int[Array, "B T"]) -> Positions:
+        """Both forwards see the same positions."""
+        return self.denoiser.place(params, positions)
+
     def apply(
         self,
         params: Params,
         inputs: Float[Array, "B W D"],
         *,
-        positions: Int[Array, "B W"],
+        positions: Positions,
         key_mask: Bool[Array, "B T"],
         window_start: Int[Array, ""],
         write: Bool[Array, "B W"],

@@ -42,23 +42,25 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], *, eps: float)
     return weight * (wide * lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
-def rotary_angles(
-    positions: Int[Array, "B W"], *, head_dim: int, theta: float
-) -> tuple[Float[Array, "B W K/2"], Float[Array, "B W K/2"]]:
-    """float32 cosines and sines of the rotary position embedding (arXiv 2104.09864)."""
+Rotation = tuple[Float[Array, "B W K"], Float[Array, "B W K"]]
+"""Cosines and signed sines of the rotary position embedding for both halves of a head, float32."""
+
+
+def rotary_angles(positions: Int[Array, "B W"], *, head_dim: int, theta: float) -> Rotation:
+    """Rotary position embedding (arXiv 2104.09864): what the pair (x[i], x[i + K/2]) is turned by at each position."""
     # float32 throughout, as the checkpoints were trained: at far positions an ulp here is a visible angle
     inverse_frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[..., None].astype(jnp.float32) * inverse_frequency
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
-def rotate(
-    x: Float[Array, "B W H K"], cos: Float[Array, "B W K/2"], sin: Float[Array, "B W K/2"]
-) -> Float[Array, "B W H K"]:
+def rotate(x: Float[Array, "B W H K"], rotation: Rotation) -> Float[Array, "B W H K"]:
     """Rotate the pairs (x[i], x[i + K/2]), half-split as in Llama, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    cos, sin = (array[:, :, None] for array in rotation)
+    wide = x.astype(jnp.float32)
+    first, second = jnp.split(wide, 2, axis=-1)
+    return (wide * cos + jnp.concatenate([second, first], axis=-1) * sin).astype(x.dtype)
 
 
 def attend(
@@ -74,12 +76,16 @@ def attend(
     """
     batch, window, heads, width = query.shape
     groups = key.shape[2]
-    grouped = query.reshape(batch, window, groups, heads // groups, width)
-    scores = contract("bwgrk,btgk->bgrwt", grouped, key, dtype=jnp.float32) * width**-0.5
-    attended = key_mask[:, None, None, None, :]
+    # One batched product per (row, key/value head), its operands in the order that GEMMs take: left to itself
+    # XLA transposes the scores, the largest array here, twice on CPU.
+    query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
+    query = query.reshape(batch, groups, heads // groups * window, width)
+    scores = contract("bgqk,bgtk->bgqt", query, key, dtype=jnp.float32) * width**-0.5
+    attended = key_mask[:, None, None, :]
     # a finite floor, then zero weights: -inf everywhere would be NaN, here and in the gradient
     scores = jnp.where(attended, scores, jnp.finfo(jnp.float32).min)
     weight = jnp.where(attended, jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True))), 0.0)
     total = weight.sum(axis=-1, keepdims=True)
     weight = (weight / jnp.where(total > 0, total, 1.0)).astype(value.dtype)
-    return contract("bgrwt,btgk->bwgrk", weight, value, dtype=query.dtype).reshape(query.shape)
+    mixed = contract("bgqt,bgtk->bgqk", weight, value)
+    return jnp.swapaxes(mixed.reshape(batch, heads, window, width), 1, 2)

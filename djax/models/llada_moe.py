@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from djax.cache import KVCache, LayerCache
 from djax.config import LladaMoeConfig
-from djax.models.layers import attend, contract, from_heads, rms_norm, rotary_angles, rotate, to_heads
+from djax.models.layers import Rotation, attend, contract, from_heads, rms_norm, rotary_angles, rotate, to_heads
 from djax.models.moe import MixtureOfExperts
 from djax.models.parameters import normal, ones
 
@@ -38,19 +38,18 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B W D"],
         *,
-        positions: Int[Array, "B W"],
+        rotation: Rotation,
         key_mask: Bool[Array, "B T"],
         window_start: Int[Array, ""],
         write: Bool[Array, "B W"],
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
         """The block's output, without the residual, and the cache after the window was written."""
-        cos, sin = rotary_angles(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         eps = self.config.rms_norm_eps
         query = rms_norm(to_heads(x, self.query[...]), self.query_norm[...], eps=eps)
         key = rms_norm(to_heads(x, self.key[...]), self.key_norm[...], eps=eps)
         value = to_heads(x, self.value[...])
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
             cache = cache.write(key, value, window_start=window_start, write=write)
             key, value = cache.key, cache.value
@@ -74,7 +73,7 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "B W D"],
         *,
-        positions: Int[Array, "B W"],
+        rotation: Rotation,
         key_mask: Bool[Array, "B T"],
         window_start: Int[Array, ""],
         write: Bool[Array, "B W"],
@@ -82,14 +81,14 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
         """The residual stream after the layer, and the layer's cache."""
         x, cache = self.mix(
-            x, positions=positions, key_mask=key_mask, window_start=window_start, write=write, cache=cache)
+            x, rotation=rotation, key_mask=key_mask, window_start=window_start, write=write, cache=cache)
         return self.transform(x), cache
 
     def mix(
         self,
         x: Float[Array, "B W D"],
         *,
-        positions: Int[Array, "B W"],
+        rotation: Rotation,
         key_mask: Bool[Array, "B T"],
         window_start: Int[Array, ""],
         write: Bool[Array, "B W"],
@@ -98,7 +97,7 @@ class Layer(nnx.Module):
         """The layer's first half, attention: the residual stream after it, and the layer's cache."""
         with jax.named_scope("attention"):
             mixed, cache = self.attention(
-                rms_norm(x, self.attention_norm[...], eps=self.config.rms_norm_eps), positions=positions,
+                rms_norm(x, self.attention_norm[...], eps=self.config.rms_norm_eps), rotation=rotation,
                 key_mask=key_mask, window_start=window_start, write=write, cache=cache)
         return x + mixed, cache
 
@@ -135,6 +134,10 @@ class LladaMoe(nnx.Module):
             num_layers=config.num_layers, batch=batch, length=length, num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim, dtype=self.embed[...].dtype)
 
+    def rotation(self, positions: Int[Array, "B W"]) -> Rotation:
+        """What every layer turns its queries and keys by at `positions`."""
+        return rotary_angles(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+
     def embed_tokens(self, tokens: Int[Array, "B W"]) -> Float[Array, "B W D"]:
         """Input embeddings of tokens."""
         with jax.named_scope("embed"):
@@ -160,14 +163,15 @@ class LladaMoe(nnx.Module):
                 than `key_mask`.
         """
         x, cache = self.trunk(
-            inputs, positions=positions, key_mask=key_mask, window_start=window_start, write=write, cache=cache)
+            inputs, rotation=self.rotation(positions), key_mask=key_mask, window_start=window_start, write=write,
+            cache=cache)
         return self.finish(x), cache
 
     def trunk(
         self,
         inputs: Float[Array, "B W D"],
         *,
-        positions: Int[Array, "B W"],
+        rotation: Rotation,
         key_mask: Bool[Array, "B T"],
         window_start: Int[Array, ""],
         write: Bool[Array, "B W"],
@@ -188,7 +192,7 @@ class LladaMoe(nnx.Module):
             step = layer if index < len(self.layers) - 1 else layer.mix
             with jax.named_scope(f"layer_{index}"):
                 x, layer_cache = step(
-                    x, positions=positions, key_mask=key_mask, window_start=window_start, write=write,
+                    x, rotation=rotation, key_mask=key_mask, window_start=window_start, write=write,
                     cache=None if cache is None else cache.layers[index])
             if layer_cache is not None:
                 layer_caches.append(layer_cache)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,8 +23,26 @@ def route(
     The weights are not renormalised to sum to one: LLaDA-MoE was trained that way.
     """
     logits = contract("md,ed->me", x, router, dtype=jnp.float32)
-    weights, expert_ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), experts_per_token)
+    # XLA sorts for a top_k of short rows, which a CPU does slowly
+    weights, expert_ids = jax.lax.platform_dependent(
+        jax.nn.softmax(logits, axis=-1), cpu=partial(_top_k_by_maxima, k=experts_per_token),
+        default=lambda shares: tuple(jax.lax.top_k(shares, experts_per_token)))
     return expert_ids, weights
+
+
+def _top_k_by_maxima(
+    shares: Float[Array, "M E"], *, k: int
+) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
+    """`jax.lax.top_k` of short rows: k times the largest entry, the lowest index among equals."""
+    index = jnp.arange(shares.shape[1], dtype=jnp.int32)
+    values, indices = [], []
+    for _ in range(k):
+        best = jnp.max(shares, axis=1)
+        at = jnp.min(jnp.where(shares == best[:, None], index, shares.shape[1] - 1), axis=1)
+        shares = jnp.where(index == at[:, None], -jnp.inf, shares)
+        values.append(best)
+        indices.append(at)
+    return jnp.stack(values, axis=1), jnp.stack(indices, axis=1)
 
 
 class MixtureOfExperts(nnx.Module):

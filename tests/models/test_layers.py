@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from djax.models.layers import attend, contract, rms_norm, rotary_angles, rotate
-from djax.models.moe import route
+from djax.models.moe import _top_k_by_maxima, route
 
 SEED = 11
 
@@ -46,8 +48,7 @@ def test_rotation_is_that_of_complex_numbers() -> None:
     x, positions = rng.normal(size=(1, 5, 2, 8)), np.array([[0, 1, 7, 100, 2000]])
     turns = np.exp(1j * positions[..., None] * 50000.0 ** (-np.arange(4) / 4))[:, :, None]
     turned = (x[..., :4] + 1j * x[..., 4:]) * turns
-    cos, sin = rotary_angles(jnp.asarray(positions), head_dim=8, theta=50000.0)
-    got = rotate(jnp.asarray(x, jnp.float32), cos, sin)
+    got = rotate(jnp.asarray(x, jnp.float32), rotary_angles(jnp.asarray(positions), head_dim=8, theta=50000.0))
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=5e-4)
     np.testing.assert_array_equal(got[:, 0], x[:, 0].astype(np.float32))
 
@@ -77,6 +78,19 @@ def test_router_weights_are_shares_of_all_experts() -> None:
     assert (np.asarray(weights).sum(1) < 0.9999).any()
     assert route(jnp.ones((1, 16), jnp.bfloat16), jnp.ones((6, 16), jnp.bfloat16), experts_per_token=2)[1].dtype \
         == jnp.float32
+
+
+def test_the_best_experts_by_maxima_are_those_of_top_k() -> None:
+    rng = np.random.default_rng(SEED)
+    spread = rng.random((40, 16))
+    for shares in (spread, np.round(spread * 3) / 3, np.ones((2, 5))):  # ties: the lowest index goes first
+        values, indices = jax.jit(partial(_top_k_by_maxima, k=4))(jnp.asarray(shares, jnp.float32))
+        expected = jax.lax.top_k(jnp.asarray(shares, jnp.float32), 4)
+        np.testing.assert_array_equal(values, expected[0])
+        np.testing.assert_array_equal(indices, expected[1])
+    poisoned = _top_k_by_maxima(jnp.full((1, 5), jnp.nan), k=2)
+    assert np.isnan(poisoned[0]).all()
+    assert ((np.asarray(poisoned[1]) >= 0) & (np.asarray(poisoned[1]) < 5)).all()
 
 
 def test_contractions_accumulate_in_float32() -> None:

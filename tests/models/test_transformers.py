@@ -13,6 +13,7 @@ from flax import nnx
 
 from djax.config import LladaMoeConfig
 from djax.models import LladaMoe, build
+from djax.models.layers import rotary_angles
 
 from . import golden
 
@@ -109,8 +110,9 @@ def _run_model(model: LladaMoe, tokens: Any, context: dict[str, Any]) -> Any:
 
 
 @nnx.jit
-def _run_layer(layer: Any, x: Any, context: dict[str, Any]) -> Any:
-    return layer(x, cache=None, **context)[0]
+def _run_layer(layer: Any, x: Any, positions: Any, context: dict[str, Any]) -> Any:
+    rotation = rotary_angles(positions, head_dim=layer.config.head_dim, theta=layer.config.rope_theta)
+    return layer(x, rotation=rotation, cache=None, **context)[0]
 
 
 def logits_of(model: LladaMoe, tokens: np.ndarray) -> np.ndarray:
@@ -121,7 +123,8 @@ def logits_of(model: LladaMoe, tokens: np.ndarray) -> np.ndarray:
 
 def layer_of(layer: Any, x: np.ndarray, dtype: str) -> np.ndarray:
     padded = np.pad(x, ((0, 0), (0, LENGTH - x.shape[1]), (0, 0)))
-    got = _run_layer(layer, jnp.asarray(padded, dtype), context(x[..., 0]))
+    where = context(x[..., 0])
+    got = _run_layer(layer, jnp.asarray(padded, dtype), where.pop("positions"), where)
     assert got.dtype == jnp.dtype(dtype)
     return np.asarray(got, np.float64)[:, : x.shape[1]]
 
