@@ -141,6 +141,9 @@ def show(record: dict[str, Any], console: Console) -> None:
     title = f"djax against transformers + eager PyTorch, float32, {hardware['cpu']}, {settings['cores']} cores"
     console.print(report.table(title, COLUMNS, rows))
     console.print("twin / djax: pair by pair, median (lowest to highest); above 1 djax is faster.", highlight=False)
+    speed = record["matmul_gflops"]
+    console.print(f"A large float32 product: {speed['djax']:.0f} GFLOP/s in XLA, {speed['twin']:.0f} in PyTorch: "
+                  "this much of a ratio is the matrix library's.", highlight=False)
     load = record["load_average"]
     if load is not None and load > 1.5 * settings["cores"]:
         console.print(f"The machine was shared: load average {load:.1f} on {settings['cores']} cores.")
@@ -207,7 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "benchmark": "decode", **report.provenance("benchmarks.decode"),
         "settings": {"cores": report.cores(), "pairs": options.pairs, "seed": options.seed, "dtype": "float32",
                      "parameters": parameters, "tiny": options.tiny, "model": shapes},
-        "load_seconds": {engine: worker.loaded["load_seconds"] for engine, worker in workers.items()},
+        **{figure: {engine: worker.loaded[figure] for engine, worker in workers.items()}
+           for figure in ("load_seconds", "matmul_gflops")},
         "djax_faster_in_every_row": all(row["ratio"]["median"] > 1 for row in rows), "rows": rows,
     }
     report.save(options.out, record)

@@ -10,12 +10,16 @@ import dataclasses
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
+
+MATMUL = (1024, 512, 2048)
+"""Rows, inner width and columns of the float32 product that tells the matrix libraries apart."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +56,22 @@ class Run:
     """The row's step that committed each position; -1 in the prompt."""
 
 
+def matmul_gflops(multiply: Callable[[], Any], flops: int, *, runs: int = 21) -> float:
+    """GFLOP/s of a matrix product, the median of some runs after a warm-up."""
+    seconds = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        multiply()
+        seconds.append(time.perf_counter() - started)
+    return flops / float(np.median(seconds[1:])) / 1e9
+
+
 class Engine(Protocol):
     """What a worker drives."""
+
+    def matmul_gflops(self) -> float:
+        """Speed of `MATMUL`: how much of a ratio is the matrix library's, which differs between processors."""
+        ...
 
     def prepare(self, case: Case, prompts: Int[np.ndarray, "B P"]) -> dict[str, Any]:
         """Get ready for a case, first generation included; what there is to tell about it."""
@@ -71,6 +89,16 @@ class DjaxEngine:
         import djax
 
         self._model = djax.load(directory, dtype="float32")
+
+    def matmul_gflops(self) -> float:
+        """See `Engine`."""
+        import jax
+        import jax.numpy as jnp
+
+        rows, inner, columns = MATMUL
+        left, right = jnp.ones((rows, inner)), jnp.ones((columns, inner))
+        product = jax.jit(lambda left, right: jnp.dot(left, right.T, precision="highest"))
+        return matmul_gflops(lambda: product(left, right).block_until_ready(), 2 * rows * inner * columns)
 
     def prepare(self, case: Case, prompts: Int[np.ndarray, "B P"]) -> dict[str, Any]:
         """The first call compiles."""
@@ -104,6 +132,14 @@ class TwinEngine:
         from benchmarks.torch_twin import TorchTwin
 
         self._twin = TorchTwin(directory, threads=cores())
+
+    def matmul_gflops(self) -> float:
+        """See `Engine`."""
+        import torch
+
+        rows, inner, columns = MATMUL
+        left, right = torch.ones(rows, inner), torch.ones(columns, inner)
+        return matmul_gflops(lambda: left @ right.T, 2 * rows * inner * columns)
 
     def prepare(self, case: Case, prompts: Int[np.ndarray, "B P"]) -> dict[str, Any]:
         """Chooses the fastest setting for each width that the case's forwards have."""
@@ -142,7 +178,8 @@ def serve(name: str, directory: Path, connection: Connection) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     started = time.perf_counter()
     engine: Engine = ENGINES[name](directory)
-    connection.send({"load_seconds": time.perf_counter() - started})
+    loaded = time.perf_counter() - started
+    connection.send({"load_seconds": loaded, "matmul_gflops": engine.matmul_gflops()})
     while (request := connection.recv()) is not None:
         method, case, prompts = request
         if method == "prepare":

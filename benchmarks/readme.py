@@ -38,7 +38,10 @@ def decode_section(record: dict[str, Any]) -> str:
         "float32, against transformers' model in an eager loop with the same strategy and cache, in turn; the "
         f"ratio is the median over {settings['pairs']} pairs with its range, above 1 djax is faster "
         f"(`{record['command']}`; {record['hardware']['cpu']}, {settings['cores']} cores; "
-        f"jax {record['versions']['jax']}, torch {record['versions']['torch']}; commit {record['commit'][:10]}):",
+        f"jax {record['versions']['jax']}, torch {record['versions']['torch']}; commit {record['commit'][:10]}). "
+        f"Part of it is the matrix library's: a large float32 product runs at "
+        f"{record['matmul_gflops']['djax']:.0f} GFLOP/s in XLA and {record['matmul_gflops']['twin']:.0f} in PyTorch "
+        "on this processor.",
         "", *lines])
 
 

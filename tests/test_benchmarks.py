@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import checkpoint, decode, report
+from benchmarks import checkpoint, decode, readme, report
 from benchmarks.engines import Case, Run
 
 CASE = Case(recipe="dual", threshold=0.9, cache="dual", batch=2, prompt_length=2, max_new_tokens=4, block_length=2)
@@ -54,9 +54,14 @@ def test_tiny_run_in_both_engines(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert record["hardware"]["cores"] >= 1
     assert record["versions"]["jax"]
     assert "benchmarks.decode" in record["command"]
+    assert all(record["matmul_gflops"][engine] > 0 for engine in ("djax", "twin"))
     assert "commit" in record
     printed = capsys.readouterr().out
     assert all(f"{name}, 3" in printed for name in decode.RECIPES)
+
+
+def test_readme_shows_the_committed_results() -> None:
+    assert readme.main(["--check"]) == 0, "run python -m benchmarks.readme"
 
 
 def test_forwards_of_a_batch_count_each_blocks_slowest_row() -> None:
