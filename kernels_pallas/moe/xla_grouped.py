@@ -5,7 +5,7 @@ place. Routing is uneven, so C is near the mean; an expert's further rows go thr
 expert each, every block of the size that it needs. There taking an expert by a dynamic index copies its weights,
 and each small product pays for waking the threads: worth it only where the rows are many for one expert.
 
-The loop's trip count is data, so the gradient is that of `xla_dense`, recomputed.
+The loop's trip count is data, so the gradient is written out: the same product and loop, recomputed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
-
-from kernels_pallas.moe.xla_dense import moe_xla_dense
 
 BLOCK_SIZES = (8, 32, 128)
 """Rows per block of the loop. Below 8 nothing is saved; each size is a program of its own to compile."""
@@ -106,36 +104,72 @@ def _swiglu(rows: Array, gate: Array, up: Array, down: Array) -> Array:
     return dot(hidden, down)
 
 
-def _forward(x: Array, expert_ids: Array, weights: Array, gate: Array, up: Array, down: Array) -> Array:
-    (num_tokens, slots), num_experts = expert_ids.shape, gate.shape[0]
-    places, sizes = capacity(expert_ids.size, num_experts), block_sizes(expert_ids.size, num_experts)
-    plan = plan_rows(expert_ids, num_experts, places, sizes[-1] if sizes else 1)
-    weights = weights.astype(jnp.float32)
-    product = _swiglu(x[plan.source_row].reshape(num_experts, places, -1), gate, up, down)
-    product = product.reshape(num_experts * places, -1)
+def _product(
+    x: Array, weights: Array, gate: Array, up: Array, down: Array, *, plan: Plan
+) -> Float[Array, "M D"]:
+    """What the rows with a place contribute, float32."""
+    num_experts = gate.shape[0]
+    outputs = _swiglu(x[plan.source_row].reshape(num_experts, -1, x.shape[1]), gate, up, down)
+    outputs = outputs.reshape(-1, x.shape[1])
     total = jnp.zeros(x.shape, jnp.float32)
-    for slot in range(slots):  # slot by slot: no [M, k, D] array
-        place = plan.place[:, slot, None]
-        part = weights[:, slot, None] * product[jnp.minimum(place[:, 0], len(product) - 1)]
-        total += jnp.where(place < len(product), part, 0.0)
-    if not sizes:
-        return total.astype(x.dtype)
+    for slot in range(weights.shape[1]):  # slot by slot: no [M, k, D] array
+        place = plan.place[:, slot]
+        part = weights[:, slot, None].astype(jnp.float32) * outputs[jnp.minimum(place, len(outputs) - 1)]
+        total += jnp.where((place < len(outputs))[:, None], part, 0.0)
+    return total
+
+
+class _Block(NamedTuple):
+    """One block of the loop: what it reads, and where its results go."""
+
+    rows: Int[Array, "largest"]
+    """Rows of x; M, which a scatter drops, where an entry is the next block's."""
+    entries: Int[Array, "largest"]
+    """row * k + slot; M * k where an entry is the next block's."""
+    expert: Int[Array, ""]
+    size_index: Int[Array, ""]
+
+
+def _block(plan: Plan, index: Array, *, sizes: tuple[int, ...], slots: int) -> _Block:
+    entries = lax.dynamic_slice(plan.overflow, (plan.start[index],), sizes[-1:])
+    entries = jnp.where(jnp.arange(sizes[-1]) < plan.rows[index], entries, len(plan.overflow) - sizes[-1])
+    return _Block(
+        rows=entries // slots, entries=entries, expert=plan.expert[index],
+        size_index=jnp.sum(plan.rows[index] > jnp.asarray(sizes[:-1], jnp.int32)))
+
+
+def _through_expert(
+    rows: Array, weights: Array, gate: Array, up: Array, down: Array, *, size_index: Array, sizes: tuple[int, ...]
+) -> Array:
+    """A block's rows through one expert, weighted, float32; zeros behind the block's size."""
+
+    def through(size: int, rows: Array, *matrices: Array) -> Array:
+        return jnp.pad(_swiglu(rows[:size], *matrices), ((0, sizes[-1] - size), (0, 0)))
+
+    result = lax.switch(size_index, [partial(through, size) for size in sizes], rows, gate, up, down)
+    return weights[:, None].astype(jnp.float32) * result
+
+
+def _plan(expert_ids: Array, gate: Array) -> tuple[Plan, tuple[int, ...]]:
+    """The plan of a call, and the sizes of its loop's blocks: none where everything has a place."""
+    shape = expert_ids.size, gate.shape[0]
+    sizes = block_sizes(*shape)
+    return plan_rows(expert_ids, shape[1], capacity(*shape), sizes[-1] if sizes else 1), sizes
+
+
+def _forward(x: Array, expert_ids: Array, weights: Array, gate: Array, up: Array, down: Array) -> Array:
+    plan, sizes = _plan(expert_ids, gate)
+    total = _product(x, weights, gate, up, down, plan=plan)
 
     def add_block(index: Array, total: Array) -> Array:
-        expert, entries = plan.expert[index], lax.dynamic_slice(plan.overflow, (plan.start[index],), sizes[-1:])
-        row, weight = entries // slots, weights.reshape(-1)[entries]
-        mine = jnp.arange(sizes[-1]) < plan.rows[index]
-
-        def through(size: int, rows: Array, *matrices: Array) -> Array:
-            return jnp.pad(_swiglu(rows[:size], *matrices), ((0, sizes[-1] - size), (0, 0)))
-
+        block = _block(plan, index, sizes=sizes, slots=weights.shape[1])
         # Only the block's own result goes through the switch: `total` would be copied by every branch.
-        result = lax.switch(
-            jnp.sum(plan.rows[index] > jnp.asarray(sizes[:-1], jnp.int32)),
-            [partial(through, size) for size in sizes], x[row], gate[expert], up[expert], down[expert])
-        return total.at[jnp.where(mine, row, num_tokens)].add(weight[:, None] * result, mode="drop")
+        result = _through_expert(
+            x[block.rows], weights.reshape(-1)[block.entries], gate[block.expert], up[block.expert],
+            down[block.expert], size_index=block.size_index, sizes=sizes)
+        return total.at[block.rows].add(result, mode="drop")
 
-    return lax.fori_loop(0, plan.num_blocks, add_block, total).astype(x.dtype)
+    return (lax.fori_loop(0, plan.num_blocks, add_block, total) if sizes else total).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -147,7 +181,7 @@ def moe_xla_grouped(
     up: Float[Array, "E F D"],
     down: Float[Array, "E D F"],
 ) -> Float[Array, "M D"]:
-    """See `kernels_pallas.moe.moe`. Reverse mode only: the backward pass is `xla_dense`'s."""
+    """See `kernels_pallas.moe.moe`. Reverse mode only, and only once."""
     return _forward(x, expert_ids, weights, gate, up, down)
 
 
@@ -156,12 +190,31 @@ def _vjp_forward(*operands: Array) -> tuple[Array, tuple[Array, ...]]:
 
 
 def _vjp_backward(operands: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
+    """The same two parts, recomputed: activations are not kept between the passes."""
     x, expert_ids, weights, gate, up, down = operands
-    _, pull_back = jax.vjp(
-        lambda x, weights, gate, up, down: moe_xla_dense(x, expert_ids, weights, gate, up, down),
-        x, weights, gate, up, down)
-    grad_x, *grads = pull_back(cotangent)
-    return (grad_x, None, *grads)
+    plan, sizes = _plan(expert_ids, gate)
+    cotangent = cotangent.astype(jnp.float32)
+    _, pull_back = jax.vjp(partial(_product, plan=plan), x, weights, gate, up, down)
+    grads = pull_back(cotangent)
+
+    def add_block(index: Array, grads: tuple[Array, ...]) -> tuple[Array, ...]:
+        grad_x, grad_weights, *grad_matrices = grads
+        block = _block(plan, index, sizes=sizes, slots=weights.shape[1])
+        mine = (block.rows < len(x))[:, None]
+        _, pull_back = jax.vjp(
+            partial(_through_expert, size_index=block.size_index, sizes=sizes),
+            jnp.where(mine, x[block.rows], 0), weights.reshape(-1)[block.entries],
+            *(matrix[block.expert] for matrix in (gate, up, down)))
+        rows, row_weights, *matrices = pull_back(jnp.where(mine, cotangent[block.rows], 0.0))
+        return (
+            grad_x.at[block.rows].add(rows, mode="drop"),
+            grad_weights.at[block.entries].add(row_weights, mode="drop"),
+            *(grad.at[block.expert].add(part) for grad, part in zip(grad_matrices, matrices, strict=True)))
+
+    if sizes:
+        grads = (grads[0], grads[1].reshape(-1), *grads[2:])
+        grads = lax.fori_loop(0, plan.num_blocks, add_block, grads)
+    return (grads[0], None, grads[1].reshape(weights.shape), *grads[2:])
 
 
 moe_xla_grouped.defvjp(_vjp_forward, _vjp_backward)

@@ -71,8 +71,12 @@ def test_an_expert_that_no_row_chose_is_not_seen(implementation: str | None) -> 
     np.testing.assert_array_equal(got, clean)
 
 
-def test_gradients_are_the_loops_slopes(implementation: str | None) -> None:
-    case = Case(name="gradient", rows=9, slots=3, experts=4, width=5, model=6)
+@pytest.mark.parametrize("case", [
+    Case(name="few", rows=9, slots=3, experts=4, width=5, model=6),
+    Case(name="uneven", rows=60, slots=2, experts=8, width=5, model=6, routing="uneven"),
+    Case(name="out_of_range", rows=21, slots=3, width=5, model=6, routing="out_of_range"),
+], ids=lambda case: case.name)
+def test_gradients_are_the_loops_slopes(case: Case, implementation: str | None) -> None:
     x, ids, weights, *matrices = operands(case, SEED)
     rng = np.random.default_rng(SEED)
     cotangent = rng.normal(size=x.shape)
