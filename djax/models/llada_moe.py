@@ -7,6 +7,8 @@ H heads, G key/value heads, K head width, E experts, F expert width.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from djax.cache import KVCache, LayerCache
 from djax.config import LladaMoeConfig
 from djax.models.layers import Rotation, attend, contract, from_heads, rms_norm, rotary_angles, rotate, to_heads
+from djax.models.log_probs import token_log_probs
 from djax.models.moe import MixtureOfExperts
 from djax.models.parameters import normal, ones
 
@@ -82,7 +85,7 @@ class Layer(nnx.Module):
         """The residual stream after the layer, and the layer's cache."""
         x, cache = self.mix(
             x, rotation=rotation, key_mask=key_mask, window_start=window_start, write=write, cache=cache)
-        return self.transform(x), cache
+        return self.transform(x)[0], cache
 
     def mix(
         self,
@@ -101,10 +104,11 @@ class Layer(nnx.Module):
                 key_mask=key_mask, window_start=window_start, write=write, cache=cache)
         return x + mixed, cache
 
-    def transform(self, x: Float[Array, "B W D"]) -> Float[Array, "B W D"]:
-        """The second half, the experts: each position by itself."""
+    def transform(self, x: Float[Array, "B W D"]) -> tuple[Float[Array, "B W D"], Float[Array, "B W E"]]:
+        """The second half, the experts, each position by itself; and the router's logits."""
         with jax.named_scope("moe"):
-            return x + self.moe(rms_norm(x, self.moe_norm[...], eps=self.config.rms_norm_eps))
+            mixed, logits = self.moe(rms_norm(x, self.moe_norm[...], eps=self.config.rms_norm_eps))
+        return x + mixed, logits
 
 
 class LladaMoe(nnx.Module):
@@ -201,8 +205,37 @@ class LladaMoe(nnx.Module):
     def finish(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """The last layer's experts and the final norm, for any positions that `trunk` gave."""
         with jax.named_scope(f"layer_{len(self.layers) - 1}"):
-            x = self.layers[-1].transform(x)
+            x, _ = self.layers[-1].transform(x)
         return rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps)
+
+    def hidden_and_router(
+        self, tokens: Int[Array, "B T"], *, positions: Int[Array, "B T"], key_mask: Bool[Array, "B T"], remat: bool
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "N B T E"]]:
+        """For training: hidden states of whole canvases after the final norm, and every layer's router logits.
+
+        With `remat` a layer's activations are computed again in the backward pass instead of being kept.
+        """
+        rotation = self.rotation(positions)
+
+        def run(layer: Layer, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T E"]]:
+            x, _ = layer.mix(x, rotation=rotation, key_mask=key_mask, window_start=jnp.int32(0), write=key_mask,
+                             cache=None)
+            return layer.transform(x)
+
+        x, logits = self.embed_tokens(tokens), []
+        for index, layer in enumerate(self.layers):
+            step = partial(run, layer)
+            with jax.named_scope(f"layer_{index}"):
+                x, of_layer = (jax.checkpoint(step) if remat else step)(x)
+            logits.append(of_layer)
+        return rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps), jnp.stack(logits)
+
+    def log_probs(
+        self, hidden: Float[Array, "B L D"], tokens: Int[Array, "B L"], *, vocab_chunk: int = 8192
+    ) -> Float[Array, "B L"]:
+        """float32 log-probs of `tokens`, without the logits of the whole vocabulary; see `token_log_probs`."""
+        with jax.named_scope("head"):
+            return token_log_probs(hidden, self.head[...], tokens, vocab_chunk=vocab_chunk)
 
     def unembed(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """float32 logits; position i's logits are about the token at position i."""

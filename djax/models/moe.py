@@ -15,14 +15,18 @@ from djax.models.parameters import normal
 from kernels_pallas import moe
 
 
+def router_logits(x: Float[Array, "M D"], router: Float[Array, "E D"]) -> Float[Array, "M E"]:
+    """float32 logits over the experts."""
+    return contract("md,ed->me", x, router, dtype=jnp.float32)
+
+
 def route(
-    x: Float[Array, "M D"], router: Float[Array, "E D"], *, experts_per_token: int
+    logits: Float[Array, "M E"], *, experts_per_token: int
 ) -> tuple[Int[Array, "M k"], Float[Array, "M k"]]:
-    """Experts of each row and their weights: the largest of a float32 softmax over all experts.
+    """Experts of each row and their weights: the largest of a softmax over all experts.
 
     The weights are not renormalised to sum to one: LLaDA-MoE was trained that way.
     """
-    logits = contract("md,ed->me", x, router, dtype=jnp.float32)
     # XLA sorts for a top_k of short rows, which a CPU does slowly
     weights, expert_ids = jax.lax.platform_dependent(
         jax.nn.softmax(logits, axis=-1), cpu=partial(_top_k_by_maxima, k=experts_per_token),
@@ -60,12 +64,13 @@ class MixtureOfExperts(nnx.Module):
         self.up = normal(rngs, wide, axes=("experts", "ffn", "embed"), dtype=config.dtype)
         self.down = normal(rngs, narrow, axes=("experts", "embed", "ffn"), dtype=config.dtype)
 
-    def __call__(self, x: Float[Array, "B W D"]) -> Float[Array, "B W D"]:
-        """The block's output, without the residual."""
+    def __call__(self, x: Float[Array, "B W D"]) -> tuple[Float[Array, "B W D"], Float[Array, "B W E"]]:
+        """The block's output, without the residual, and the router's logits, which training balances."""
         rows = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
-            expert_ids, weights = route(rows, self.router[...], experts_per_token=self.experts_per_token)
+            logits = router_logits(rows, self.router[...])
+            expert_ids, weights = route(logits, experts_per_token=self.experts_per_token)
         with jax.named_scope("experts"):
             mixed = moe(rows, expert_ids, weights, self.gate[...], self.up[...], self.down[...],
                         implementation=self.moe_implementation)
-        return mixed.reshape(x.shape)
+        return mixed.reshape(x.shape), logits.reshape(*x.shape[:2], -1)

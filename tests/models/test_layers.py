@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from djax.models.layers import attend, contract, rms_norm, rotary_angles, rotate
-from djax.models.moe import _top_k_by_maxima, route
+from djax.models.moe import _top_k_by_maxima, route, router_logits
 
 SEED = 11
 
@@ -71,13 +71,13 @@ def test_router_weights_are_shares_of_all_experts() -> None:
     x, router = rng.normal(size=(9, 16)), rng.normal(size=(6, 16))
     scores = np.exp(x @ router.T)
     shares = scores / scores.sum(1, keepdims=True)
-    ids, weights = route(jnp.asarray(x, jnp.float32), jnp.asarray(router, jnp.float32), experts_per_token=2)
+    logits = router_logits(jnp.asarray(x, jnp.float32), jnp.asarray(router, jnp.float32))
+    ids, weights = route(logits, experts_per_token=2)
     best = np.argsort(-shares, axis=1)[:, :2]
     np.testing.assert_array_equal(ids, best)
     np.testing.assert_allclose(weights, np.take_along_axis(shares, best, 1), rtol=1e-5)
     assert (np.asarray(weights).sum(1) < 0.9999).any()
-    assert route(jnp.ones((1, 16), jnp.bfloat16), jnp.ones((6, 16), jnp.bfloat16), experts_per_token=2)[1].dtype \
-        == jnp.float32
+    assert router_logits(jnp.ones((1, 16), jnp.bfloat16), jnp.ones((6, 16), jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_the_best_experts_by_maxima_are_those_of_top_k() -> None:

@@ -1,0 +1,116 @@
+"""log-probs of given tokens without the logits of the whole vocabulary: chunk by chunk, forward and backward."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from djax.models.layers import contract
+
+
+def _chunk(
+    head: Float[Array, "V D"], start: Int[Array, ""], size: int
+) -> tuple[Float[Array, "C D"], Int[Array, "C"], Int[Array, ""]]:
+    """Rows of the head, their ids (-1 where an earlier chunk had them), and the first one's row.
+
+    The last chunk overlaps its neighbour: all have one shape.
+    """
+    first = jnp.minimum(start, head.shape[0] - size)
+    ids = first + jnp.arange(size)
+    return lax.dynamic_slice_in_dim(head, first, size), jnp.where(ids >= start, ids, -1), first
+
+
+def _logits(hidden: Array, rows: Array, ids: Array, temperature: Array) -> Float[Array, "M C"]:
+    logits = contract("md,cd->mc", hidden, rows, dtype=jnp.float32) / temperature
+    return jnp.where(ids >= 0, logits, -jnp.inf)
+
+
+def _starts(head: Array, size: int) -> Int[Array, "chunks"]:
+    return jnp.arange(0, head.shape[0], size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _log_probs(hidden: Array, head: Array, tokens: Array, temperature: Array, size: int) -> Float[Array, "M"]:
+    return _forward(hidden, head, tokens, temperature, size)[0]
+
+
+def _forward(
+    hidden: Array, head: Array, tokens: Array, temperature: Array, size: int
+) -> tuple[Float[Array, "M"], tuple[Array, ...]]:
+    def add(carry: tuple[Array, Array, Array], start: Array) -> tuple[tuple[Array, Array, Array], None]:
+        largest, total, chosen = carry
+        rows, ids, _ = _chunk(head, start, size)
+        logits = _logits(hidden, rows, ids, temperature)
+        new = jnp.maximum(largest, logits.max(axis=1))
+        total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=1)
+        return (new, total, chosen + jnp.where(ids == tokens[:, None], logits, 0.0).sum(axis=1)), None
+
+    count = hidden.shape[0]
+    # a finite start: -inf minus -inf is NaN
+    start = jnp.full(count, jnp.finfo(jnp.float32).min), jnp.zeros(count), jnp.zeros(count)
+    (largest, total, chosen), _ = lax.scan(add, start, _starts(head, size))
+    log_total = largest + jnp.log(total)
+    return chosen - log_total, (hidden, head, tokens, temperature, log_total)
+
+
+def _backward(
+    size: int, residuals: tuple[Array, ...], cotangent: Float[Array, "M"]
+) -> tuple[Array, Array, None, Array]:
+    hidden, head, tokens, temperature, log_total = residuals
+
+    def add(carry: tuple[Array, Array, Array], start: Array) -> tuple[tuple[Array, Array, Array], None]:
+        grad_hidden, grad_head, grad_temperature = carry
+        rows, ids, first = _chunk(head, start, size)
+        logits = _logits(hidden, rows, ids, temperature)
+        share = jnp.exp(logits - log_total[:, None])
+        grad = cotangent[:, None] * (jnp.where(ids == tokens[:, None], 1.0, 0.0) - share)  # of the scaled logits
+        grad_temperature -= jnp.sum(jnp.where(ids >= 0, grad * logits, 0.0)) / temperature
+        grad = (grad / temperature).astype(head.dtype)
+        part = contract("mc,md->cd", grad, hidden, dtype=jnp.float32)
+        old = lax.dynamic_slice_in_dim(grad_head, first, size)
+        return (
+            grad_hidden + contract("mc,cd->md", grad, rows, dtype=jnp.float32),
+            lax.dynamic_update_slice_in_dim(grad_head, old + part, first, axis=0), grad_temperature), None
+
+    zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32), jnp.float32(0.0)
+    (grad_hidden, grad_head, grad_temperature), _ = lax.scan(add, zeros, _starts(head, size))
+    return (grad_hidden.astype(hidden.dtype), grad_head.astype(head.dtype), None,
+            grad_temperature.astype(temperature.dtype))
+
+
+_log_probs.defvjp(_forward, _backward)
+
+
+def token_log_probs(
+    hidden: Float[Array, "B L D"],
+    head: Float[Array, "V D"],
+    tokens: Int[Array, "B L"],
+    *,
+    temperature: float | Float[Array, ""] = 1.0,
+    vocab_chunk: int = 8192,
+) -> Float[Array, "B L"]:
+    """log softmax(hidden @ head^T / temperature) at `tokens`, in float32; nothing as large as [B, L, V] is made.
+
+    Memory is a few [B * L, vocab_chunk] in float32, in the backward pass too, where the logits are computed
+    again. Reverse mode only.
+
+    Args:
+        hidden: hidden states after the final norm.
+        head: the output matrix, in hidden's dtype.
+        tokens: ids in [0, V).
+        temperature: divides the logits.
+        vocab_chunk: columns held at once.
+
+    Raises:
+        ValueError: `vocab_chunk` is below 1.
+    """
+    if vocab_chunk < 1:
+        raise ValueError(f"vocab_chunk: got {vocab_chunk}; it must be at least 1")
+    size = min(vocab_chunk, head.shape[0])
+    flat = _log_probs(
+        hidden.reshape(-1, hidden.shape[-1]), head, tokens.reshape(-1), jnp.asarray(temperature, jnp.float32), size)
+    return flat.reshape(tokens.shape)
