@@ -159,6 +159,18 @@ def convert(
 
 
 @app.command()
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.toml", help="The run: data, optimizer, output.")], *,
+    debug: Debug = False,
+) -> None:
+    """Train or fine-tune a model; run again, it goes on where it stopped."""
+    from djax.cli_train import run
+
+    with _terminable():
+        print(run(Path(config)))
+
+
+@app.command()
 def inspect(source: Source, *, json: Json = False, debug: Debug = False) -> None:
     """Show a checkpoint: configuration, parameter count, bytes, and what its keys map to."""
     from convert import resolve_source

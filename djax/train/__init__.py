@@ -1,5 +1,37 @@
-"""Training: the masked-diffusion loss, a resumable loop on optax and Orbax, and tasks that can be verified."""
+"""Training: the masked-diffusion loss, a resumable loop on optax and Orbax, and tasks that can be verified.
 
-from djax.train.loss import Batch, Losses, LossWeights, masked_diffusion_loss, row_losses, sample_masks
+Names are imported on first use: `djax.train.tasks` needs no jax.
+"""
 
-__all__ = ["Batch", "LossWeights", "Losses", "masked_diffusion_loss", "row_losses", "sample_masks"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from djax.train.checkpoints import Checkpoints
+    from djax.train.config import TrainConfig, make_optimizer, read_config
+    from djax.train.loop import Schedule, fit
+    from djax.train.loss import Batch, Losses, LossWeights, masked_diffusion_loss, row_losses, sample_masks
+    from djax.train.step import Report, TrainState, init_state, make_step
+
+__all__ = [
+    "Batch", "Checkpoints", "LossWeights", "Losses", "Report", "Schedule", "TrainConfig", "TrainState", "fit",
+    "init_state", "make_optimizer", "make_step", "masked_diffusion_loss", "read_config", "row_losses", "sample_masks",
+]
+
+_HOME = {
+    "Checkpoints": "checkpoints", "TrainConfig": "config", "make_optimizer": "config", "read_config": "config",
+    "Schedule": "loop", "fit": "loop", "Report": "step", "TrainState": "step", "init_state": "step",
+    "make_step": "step",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'djax.train' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"djax.train.{_HOME.get(name, 'loss')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,171 @@
+"""The loop around the step: resume, log, save. Interrupted and resumed, a run gives the weights it would have given."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from djax.train.checkpoints import Checkpoints
+from djax.train.loss import Batch
+from djax.train.step import Report, Step, TrainState
+from djax.types import Params
+
+METRICS_NAME = "metrics.jsonl"
+Metrics = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a run is and how often it speaks. Counts are updates."""
+
+    steps: int
+    log_every: int = 10
+    save_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; it must be at least 1")
+
+
+def fit(
+    state: TrainState,
+    step: Step,
+    batches: Callable[[int], Batch],
+    key: Key[Array, ""],
+    *,
+    schedule: Schedule,
+    directory: Path | None = None,
+    keep: int = 2,
+    meta: Mapping[str, Any] | None = None,
+    report: Callable[[int, Metrics], None] | None = None,
+) -> TrainState:
+    """Train until `schedule.steps` updates are done, from the newest checkpoint in `directory` if there is one.
+
+    Args:
+        state: the start; donated.
+        step: from `make_step`, not jitted.
+        batches: the batch of update n, from n alone; this is what makes a resumed run the same run.
+        key: of the noise.
+        schedule: lengths and intervals.
+        directory: for `checkpoints/` and `metrics.jsonl`; None keeps nothing.
+        keep: checkpoints that stay.
+        meta: JSON values that a resumed run has to share, such as its configuration.
+        report: called with the number of updates done and the metrics, at every logged update.
+
+    Returns:
+        The state after the last update.
+
+    Raises:
+        ValueError: the newest checkpoint is damaged or belongs to another configuration.
+        FloatingPointError: the loss, the gradient or the weights are no longer finite; such weights are never saved.
+        OSError: something cannot be written; earlier checkpoints are whole.
+    """
+    meta = dict(meta or {})
+    checkpoints = None if directory is None else Checkpoints(directory / "checkpoints", keep=keep)
+    try:
+        if checkpoints is not None:
+            state = _resume(checkpoints, state, meta)
+        run = jax.jit(step, donate_argnums=0)
+        with _log(directory, upto=int(state.step)) as log:
+            for done, latest, metrics in _updates(run, state, batches, key, schedule):
+                state = latest
+                if metrics is not None:
+                    if log is not None:
+                        log.write(json.dumps({"step": done, **metrics}) + "\n")
+                        log.flush()
+                    if report is not None:
+                        report(done, metrics)
+                if checkpoints is not None and (done % schedule.save_every == 0 or done == schedule.steps):
+                    if not _all_finite(state.params):
+                        raise FloatingPointError(_not_finite("weights", "NaN or infinity", done))
+                    checkpoints.save(state, meta)
+    finally:
+        if checkpoints is not None:
+            checkpoints.close()
+    return state
+
+
+def _updates(
+    run: Step, state: TrainState, batches: Callable[[int], Batch], key: Key[Array, ""], schedule: Schedule
+) -> Iterator[tuple[int, TrainState, Metrics | None]]:
+    """Every update's number and state, with metrics where they are due."""
+    since, tokens = time.perf_counter(), 0
+    for index in range(int(state.step), schedule.steps):
+        batch = batches(index)
+        tokens += int(batch.valid.sum())
+        state, told = run(state, batch, key)
+        done, metrics = index + 1, None
+        if done % schedule.log_every == 0 or done % schedule.save_every == 0 or done == schedule.steps:
+            metrics = _metrics(told)
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(metrics[name]):
+                    raise FloatingPointError(_not_finite(name, metrics[name], done))
+            now = time.perf_counter()
+            metrics["tokens_per_second"] = tokens / (now - since)
+            since, tokens = now, 0
+        yield done, state, metrics
+
+
+@jax.jit
+def _all_finite(params: Params) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
+
+
+def _not_finite(name: str, got: object, done: int) -> str:
+    return (f"{name}: got {got} at update {done}; it must be finite; lower the learning rate, or clip the "
+            "gradients' norm")
+
+
+def _metrics(report: Report) -> Metrics:
+    got = jax.device_get(report)
+    return {
+        "loss": float(got.losses.total), "diffusion": float(got.losses.diffusion),
+        "balance": float(got.losses.balance), "router_z": float(got.losses.router_z),
+        "grad_norm": float(got.grad_norm)}
+
+
+def _resume(checkpoints: Checkpoints, state: TrainState, meta: Mapping[str, Any]) -> TrainState:
+    restored = checkpoints.restore(state)
+    if restored is None:
+        return state
+    found, before = restored
+    now = json.loads(json.dumps(meta))
+    for name in sorted({*now, *before}):
+        if now.get(name) != before.get(name):
+            raise ValueError(
+                f"{name}: got {now.get(name)!r}; the run in this directory was started with {before.get(name)!r}; "
+                "use that, or another directory")
+    return found
+
+
+@contextmanager
+def _log(directory: Path | None, *, upto: int) -> Iterator[TextIO | None]:
+    """The metrics' file, without the lines of updates that a killed run did and did not save."""
+    if directory is None:
+        yield None
+        return
+    path = directory / METRICS_NAME
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= upto:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the last line of a killed run may be cut off
+    fresh = path.with_suffix(".new")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.replace(path)
+    with path.open("a", encoding="utf-8") as file:
+        yield file

@@ -1,0 +1,96 @@
+"""Batches: what is learned, what is padding, and that they follow from the update alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from djax import assets
+from djax.text import Tokenizer
+from djax.train.data import FixedSource, TaskSource, batcher, encode_pair, read_jsonl
+
+EOS = 9
+PAIRS = [([1] * n, [2] * (n + 1)) for n in range(1, 6)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(assets.path())
+
+
+def test_rows_are_prompt_answer_and_eos() -> None:
+    make = batcher(FixedSource(PAIRS, seed=0), batch_size=5, row_length=40, eos_id=EOS, longest_tail=3, seed=0)
+    batch = jax.tree.map(np.asarray, make(0))
+    assert batch.tokens.shape == (5, 32)
+    tails = set()
+    for tokens, is_answer, valid in zip(batch.tokens, batch.is_answer, batch.valid, strict=True):
+        row, prompt = tokens[valid], int((~is_answer & valid).sum())
+        assert valid[: len(row)].all(), "padding is at the end"
+        assert row[:prompt].tolist() == [1] * prompt
+        assert row[prompt : 2 * prompt + 1].tolist() == [2] * (prompt + 1)
+        tail = row[2 * prompt + 1 :].tolist()
+        assert tail == [EOS] * len(tail)
+        assert 1 <= len(tail) <= 3
+        tails.add(len(tail))
+        assert is_answer.sum() == len(row) - prompt
+    assert sorted((~batch.is_answer & batch.valid).sum(1)) == [1, 2, 3, 4, 5], "a pass holds every example once"
+    assert len(tails) > 1
+
+
+def test_batches_follow_from_the_update() -> None:
+    def fresh(seed: int = 0) -> object:
+        return batcher(FixedSource(PAIRS, seed=seed), batch_size=4, row_length=40, eos_id=EOS, longest_tail=3, seed=0)
+
+    first, again, other = fresh(), fresh(), fresh(1)
+    for update in (7, 0, 3):
+        np.testing.assert_array_equal(first(update).tokens, again(update).tokens)  # type: ignore[operator]
+    assert any(not np.array_equal(first(u).tokens, other(u).tokens) for u in range(5))  # type: ignore[operator]
+    orders = {tuple(len(FixedSource(PAIRS, seed=0).pair(5 * number + i)[0]) for i in range(5)) for number in range(6)}
+    assert len(orders) > 1, "passes differ"
+
+
+def test_an_example_that_does_not_fit_is_named() -> None:
+    make = batcher(FixedSource([([1] * 20, [2] * 20)], seed=0), batch_size=2, row_length=40, eos_id=EOS,
+                   longest_tail=3, seed=0)
+    with pytest.raises(ValueError, match=r"row_length: got 40; example 0 has 20 \+ 20 tokens"):
+        make(0)
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        batcher(FixedSource(PAIRS, seed=0), batch_size=0, row_length=4, eos_id=EOS, longest_tail=3, seed=0)
+
+
+def test_tasks_in_turn(tokenizer: Tokenizer) -> None:
+    source = TaskSource(("addition", "sort"), tokenizer, 3)
+    texts = [tokenizer.decode(source.pair(index)[1]) for index in range(4)]
+    assert all("+" in text for text in texts[::2])
+    assert all(": " in text and "+" not in text for text in texts[1::2])
+    with pytest.raises(ValueError, match="task: got 'cooking'"):
+        TaskSource(("cooking",), tokenizer, 3)
+
+
+def test_json_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "x", "answer": "y"}) + "\n\n" + json.dumps({"messages": chat}) + "\n")
+    assert read_jsonl(path, tokenizer) == [
+        (tokenizer.encode("x"), tokenizer.encode("y")), encode_pair(chat[:1], "c", tokenizer)]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "got no examples"),
+    ("nonsense", "line 1: "),
+    ("[1]", "line 1: got neither form"),
+    ('{"prompt": "a"}', "line 1: got neither form"),
+    ('{"prompt": "a", "answer": 3}', "line 1: answer: got 3; allowed a text"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "line 1: messages: got no answer at the end"),
+    ('{"messages": [{"role": "bot", "content": "a"}]}', r"line 1: messages\[0\].role: got 'bot'"),
+])
+def test_wrong_lines_are_named(text: str, message: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_jsonl(path, tokenizer)
+    assert str(error.value).startswith(str(path))
