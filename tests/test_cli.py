@@ -444,7 +444,7 @@ def test_wrong_files(tmp_path: Path, arguments: list[str], content: Any, expecte
     (["infill", "a [MASK:x]", "--dtype", "float32"], "", "TEMPLATE: got '[MASK:x]'"),
     (["infill", "a [MASK:99999999999999]", "--dtype", "float32"], "", "TEMPLATE: got '[MASK:99999999999999]'"),
     (["infill", "a", "b"], "", "arguments: got 'b' too many"),
-    (["genrate", "hi"], "", "COMMAND: got 'genrate'; allowed generate, infill, convert, inspect"),
+    (["genrate", "hi"], "", "COMMAND: got 'genrate'; allowed generate, infill, convert, train, inspect"),
     (["convert", "somewhere"], "", "DST: got nothing"),
     (["convert", "a", "b", "--dtype", "int4"], "", "--dtype: got 'int4'"),
 ])
