@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,9 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_back
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+MAPS = Path("/proc/self/maps")
+MAP_LIMIT = Path("/proc/sys/vm/max_map_count")
+
 GOLDENS = Path(__file__).parent / "goldens" / "llada_moe"
 
 
@@ -21,3 +25,20 @@ def golden_lm():
     import djax
 
     return djax.load(GOLDENS, dtype="float32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Drop compiled programs before they fill the process's memory maps.
+
+    Each takes dozens of maps, and where the system allows no more (65530 by default on Linux) LLVM crashes.
+    """
+    yield
+    if MAPS.exists() and MAP_LIMIT.exists():
+        with MAPS.open("rb") as file:
+            used = sum(1 for _ in file)
+        if used > 0.4 * int(MAP_LIMIT.read_text()):
+            import jax
+
+            jax.clear_caches()
+            gc.collect()
