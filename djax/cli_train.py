@@ -44,7 +44,7 @@ def run(path: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     mesh = None if config.mesh is None else make_mesh(config.mesh)
     source = resolve_source(assets.path() if config.model.source is None else config.model.source)
-    lm = load(source)
+    lm = load(source, mesh=mesh)
     if lm.tokenizer is None or lm.config.mask_id is None:
         raise ValueError("model.source: got a checkpoint without a tokenizer or a mask id; allowed one with both")
     trained = train(lm, config, mesh=mesh, tokenizer=lm.tokenizer)

@@ -37,6 +37,14 @@ class Schedule:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; it must be at least 1")
 
+    def saves(self, done: int) -> bool:
+        """Whether the state is saved after `done` updates."""
+        return done % self.save_every == 0 or done == self.steps
+
+    def logs(self, done: int) -> bool:
+        """Whether metrics are due after `done` updates: what is saved is looked at first."""
+        return done % self.log_every == 0 or self.saves(done)
+
 
 def fit(
     state: TrainState,
@@ -86,7 +94,7 @@ def fit(
                         log.flush()
                     if report is not None:
                         report(done, metrics)
-                if checkpoints is not None and (done % schedule.save_every == 0 or done == schedule.steps):
+                if checkpoints is not None and schedule.saves(done):
                     if not _all_finite(state.params):
                         raise FloatingPointError(_not_finite("weights", "NaN or infinity", done))
                     checkpoints.save(state, meta)
@@ -100,20 +108,20 @@ def _updates(
     run: Step, state: TrainState, batches: Callable[[int], Batch], key: Key[Array, ""], schedule: Schedule
 ) -> Iterator[tuple[int, TrainState, Metrics | None]]:
     """Every update's number and state, with metrics where they are due."""
-    since, tokens = time.perf_counter(), 0
+    since, tokens = time.perf_counter(), jnp.int32(0)
     for index in range(int(state.step), schedule.steps):
         batch = batches(index)
-        tokens += int(batch.valid.sum())
+        tokens += batch.valid.sum(dtype=jnp.int32)  # fetched with the metrics: here it would wait for every update
         state, told = run(state, batch, key)
         done, metrics = index + 1, None
-        if done % schedule.log_every == 0 or done % schedule.save_every == 0 or done == schedule.steps:
+        if schedule.logs(done):
             metrics = _metrics(told)
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(metrics[name]):
                     raise FloatingPointError(_not_finite(name, metrics[name], done))
             now = time.perf_counter()
-            metrics["tokens_per_second"] = tokens / (now - since)
-            since, tokens = now, 0
+            metrics["tokens_per_second"] = int(tokens) / (now - since)
+            since, tokens = now, jnp.int32(0)
         yield done, state, metrics
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from djax import struct
+from djax.models.moe import route
 from djax.types import Params
 
 SMALLEST_NOISE = 1e-3
@@ -87,10 +88,10 @@ def router_losses(
     """Load balance and z-loss over valid positions, mean over layers."""
     count = jnp.maximum(valid.sum(), 1)
     mean = lambda values: jnp.sum(jnp.where(valid[..., None], values, 0.0), axis=(1, 2)) / count  # noqa: E731
-    shares = jax.nn.softmax(logits, axis=-1)
-    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(shares), experts_per_token)
-    experts = logits.shape[-1]
-    used = mean(jax.nn.one_hot(chosen, experts).sum(axis=-2) / experts_per_token)  # [N, E], sums to one
+    shares, experts = jax.nn.softmax(logits, axis=-1), logits.shape[-1]
+    chosen, _ = route(jax.lax.stop_gradient(logits).reshape(-1, experts), experts_per_token=experts_per_token)
+    counts = jax.nn.one_hot(chosen, experts).sum(axis=-2).reshape(logits.shape)
+    used = mean(counts / experts_per_token)  # [N, E], sums to one
     balance = experts * jnp.sum(used * mean(shares), axis=-1)
     squared = jax.nn.logsumexp(logits, axis=-1, keepdims=True) ** 2
     return balance.mean(), mean(squared).mean()

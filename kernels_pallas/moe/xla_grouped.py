@@ -10,6 +10,7 @@ The loop's trip count is data, so the gradient is written out: the same product 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ def capacity(num_rows: int, num_experts: int) -> int:
     """
     share = num_rows / num_experts
     wanted = num_rows if num_rows <= 4 * ALIGNMENT else min(share + share**0.5, num_rows)
-    return -(-int(wanted + 0.999) // ALIGNMENT) * ALIGNMENT
+    return math.ceil(wanted / ALIGNMENT) * ALIGNMENT
 
 
 def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
