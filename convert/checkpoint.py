@@ -24,9 +24,9 @@ from jax.sharding import Mesh
 from convert.atomic import as_destination_error, atomic_directory, require_space
 from convert.errors import CheckpointError, SourceError, TensorShapeError, shorten
 from convert.files import read_json, sha256
-from convert.hf_config import CONFIG_NAME, DTYPES, hf_fields, model_config
+from convert.hf_config import CONFIG_NAME, hf_fields, model_config
 from convert.source import TEXT_FILES
-from djax.config import ModelConfig
+from djax.config import DTYPES, ModelConfig
 from djax.models import abstract_params, logical_axes
 from djax.sharding import Rules, named_leaves, shardings
 

@@ -13,11 +13,9 @@ from typing import Any
 
 from convert.errors import ConfigError, shorten
 from convert.files import read_json
-from djax.config import LLADA_MOE_MASK_ID, LladaMoeConfig, ModelConfig
+from djax.config import DTYPES, LLADA_MOE_MASK_ID, LladaMoeConfig, ModelConfig
 
 CONFIG_NAME = "config.json"
-DTYPES = ("bfloat16", "float16", "float32")
-"""dtypes that weights may have."""
 _LARGEST = 2**31 - 1
 _LARGEST_COUNTS = {"num_hidden_layers": 512, "num_experts": 4096}
 

@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 
 from convert import checkpoint, llada_moe
 from convert.errors import ConfigError, MissingKeyError
-from convert.hf_config import CONFIG_NAME, DTYPES, read_config
+from convert.hf_config import CONFIG_NAME, read_config
 from convert.mapping import FLOAT_DTYPES, Plan, Table, plan
 from convert.placement import numpy_dtype, read_parameters
 from convert.safetensors_io import SafetensorsReader
 from convert.source import resolve_source
-from djax.config import LladaMoeConfig, ModelConfig
+from djax.config import DTYPES, LladaMoeConfig, ModelConfig
 from djax.models import abstract_params, logical_axes
 from djax.sharding import LogicalAxes, Rules, named_leaves, shardings
 

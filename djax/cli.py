@@ -18,13 +18,13 @@ import typer
 
 from djax.cli_errors import OneLineGroup, WrongInput, shown
 from djax.cli_options import LengthFlags, ModelFlags, RecipeFlags, SamplingFlags, with_flags
+from djax.config import DTYPES
 
 if TYPE_CHECKING:
     from djax.api import DiffusionLM
     from djax.generation import StreamStep
 
 _ARGUMENT = re.compile(r"(max_new_tokens|block_length|temperature|top_[kp]|min_p|guidance|mask_id|eos_id|dtype)\b")
-DTYPES = ("bfloat16", "float16", "float32")
 
 app = typer.Typer(
     cls=OneLineGroup, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",

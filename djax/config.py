@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+DTYPES = ("bfloat16", "float16", "float32")
+"""dtypes that weights and activations may have."""
 LLADA_MOE_MASK_ID = 156895
 """The mask id that LLaDA-MoE's own config class holds; its config.json does not."""
 

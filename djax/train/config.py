@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import optax
 
+from djax.config import DTYPES
+
 OPTIMIZERS = ("adamw", "adam", "lion", "sgd", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def _at_least(owner: str, values: dict[str, tuple[float, float]]) -> None:
