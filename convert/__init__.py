@@ -16,6 +16,7 @@ from convert.errors import (
     UnexpectedKeyError,
 )
 from convert.hf_config import model_config, read_config
+from convert.huggingface import export
 from convert.load import Description, Parameter, Progress, describe, load_params
 from convert.run import convert
 from convert.source import resolve_source
@@ -23,6 +24,6 @@ from convert.source import resolve_source
 __all__ = [
     "CheckpointError", "ConfigError", "Description", "DestinationError", "HeaderError", "IndexFileError",
     "MappingError", "MissingKeyError", "OutOfSpaceError", "Parameter", "Progress", "SourceError",
-    "TensorDtypeError", "TensorShapeError", "UnexpectedKeyError", "convert", "describe", "load_params",
+    "TensorDtypeError", "TensorShapeError", "UnexpectedKeyError", "convert", "describe", "export", "load_params",
     "model_config", "read_config", "resolve_source", "restore", "save", "verify",
 ]

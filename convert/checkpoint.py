@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from convert.atomic import as_destination_error, atomic_directory, require_space
 from convert.errors import CheckpointError, SourceError, TensorShapeError, shorten
 from convert.files import read_json, sha256
 from convert.hf_config import CONFIG_NAME, hf_fields, model_config
-from convert.source import TEXT_FILES
+from convert.source import copy_text_files
 from djax.config import DTYPES, ModelConfig
 from djax.models import abstract_params, logical_axes
 from djax.sharding import Rules, named_leaves, shardings
@@ -113,7 +112,7 @@ def save(
                     temporary / PARAMS_NAME, ocp.args.PyTreeSave(_nested(leaves), save_args=_nested(chunked)))
         except Exception as error:  # Orbax and TensorStore raise several kinds for a failed write
             raise as_destination_error(error, target) from error
-        _copy_text_files(text_files, temporary)
+        copy_text_files(text_files, temporary)
         if not (temporary / CONFIG_NAME).exists():
             (temporary / CONFIG_NAME).write_text(json.dumps(hf_fields(config), indent=2) + "\n")
         manifest = {
@@ -129,14 +128,6 @@ def save(
         }
         (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n")
     return target
-
-
-def _copy_text_files(source: Path | None, destination: Path) -> None:
-    if source is None:
-        return
-    for name in (CONFIG_NAME, *TEXT_FILES):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

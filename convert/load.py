@@ -27,6 +27,13 @@ from djax.sharding import LogicalAxes, Rules, named_leaves, shardings
 _TABLES: dict[type, Table] = {LladaMoeConfig: llada_moe.TABLE}
 
 
+def table_of(config: ModelConfig) -> Table:
+    """How a configuration's checkpoints map to its parameters. Raises ConfigError if there is no table."""
+    if type(config) not in _TABLES:
+        raise ConfigError(f"there is no conversion table for a {type(config).__name__}", key="architecture")
+    return _TABLES[type(config)]
+
+
 Progress = Callable[[int, int], None]
 """Told (bytes done, bytes in all)."""
 

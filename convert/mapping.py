@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -106,6 +106,24 @@ def _pieces(rule: Rule, key: str, expert: int | None, shape: tuple[int, ...]) ->
         return [Piece(key=key, start=0, index=expert)]
     each = math.prod(shape[1:])
     return [Piece(key=key, start=(index * parts + part) * each, index=index) for index in range(shape[0])]
+
+
+def published_keys(
+    table: Table, leaf: str, shape: tuple[int, ...]
+) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
+    """(key, index, shape) of the tensors that hold a parameter in a table's first layout.
+
+    `index` is the one of the parameter's first axis that the tensor holds; None where it holds all of it.
+    """
+    rule = next(rule for rule in table.rules if _pattern(rule.leaf).fullmatch(leaf))
+    match = _pattern(rule.leaf).fullmatch(leaf)
+    numbers = match.groupdict() if match else {}
+    key = rule.key.replace("{layer}", numbers.get("layer") or "")
+    if "{expert}" not in key:
+        yield key, None, _stored_shape(rule, shape)
+        return
+    for index in range(shape[0]):
+        yield key.replace("{expert}", str(index)), index, _stored_shape(rule, shape[1:])
 
 
 class _Matcher:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from convert.errors import SourceError
@@ -45,3 +46,12 @@ def resolve_source(source: str | os.PathLike[str]) -> Path:
     if not isinstance(source, str) or not _HUB_ID.fullmatch(text) or ".." in text:
         raise SourceError("is no local directory, and no hub id (owner/name)", file=text)
     return _download(text)
+
+
+def copy_text_files(source: Path | None, destination: Path) -> None:
+    """Copy config.json and the tokenizer's files, those that are there."""
+    if source is None:
+        return
+    for name in ("config.json", *TEXT_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)

@@ -1,0 +1,94 @@
+"""Parameters back to the published layout: safetensors that any Hugging Face loader reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from convert.atomic import atomic_directory, require_space
+from convert.hf_config import CONFIG_NAME, hf_fields
+from convert.load import table_of
+from convert.mapping import Table, published_keys
+from convert.safetensors_io import INDEX_NAME, SINGLE_NAME
+from convert.source import copy_text_files
+from djax.config import ModelConfig
+from djax.sharding import named_leaves
+
+LARGEST_FILE = 5_000_000_000
+"""Bytes of tensors per file, as the hub likes them."""
+
+
+def export(
+    destination: str | os.PathLike[str],
+    params: nnx.State | Mapping[str, object],
+    *,
+    config: ModelConfig,
+    overwrite: bool = False,
+    text_files: Path | None = None,
+    largest_file: int = LARGEST_FILE,
+) -> Path:
+    """Write a directory with config.json and safetensors in the architecture's own keys, complete or not at all.
+
+    Args:
+        destination: a new directory, or with `overwrite` one that has a config.json.
+        params: the tree of `djax.models.abstract_params(config)`, or its pure dict; fully addressable.
+        config: what the parameters belong to.
+        overwrite: replace what is there.
+        text_files: a directory whose config.json (which then wins) and tokenizer files are copied along.
+        largest_file: bytes of tensors after which another file is begun.
+
+    Returns:
+        The directory.
+
+    Raises:
+        DestinationError: it exists or cannot be written; OutOfSpaceError if the disk is too small. Then nothing
+            has changed.
+    """
+    target = Path(destination).expanduser().resolve()
+    leaves = named_leaves(params)
+    with atomic_directory(target, overwrite=overwrite, marker=CONFIG_NAME) as temporary:
+        require_space(target, sum(leaf.nbytes for leaf in leaves.values()))
+        groups = list(_groups(table_of(config), leaves, largest_file))
+        names = [SINGLE_NAME] if len(groups) == 1 else [
+            f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+        for name, group in zip(names, groups, strict=True):
+            save_file({key: _tensor(leaves, *where) for key, where in group.items()}, temporary / name,
+                      metadata={"format": "pt"})
+        if len(groups) > 1:
+            index = {"metadata": {"total_size": sum(leaf.nbytes for leaf in leaves.values())},
+                     "weight_map": {key: name for name, group in zip(names, groups, strict=True) for key in group}}
+            (temporary / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
+        copy_text_files(text_files, temporary)
+        if not (temporary / CONFIG_NAME).exists():
+            (temporary / CONFIG_NAME).write_text(json.dumps(hf_fields(config), indent=2) + "\n")
+    return target
+
+
+_Where = tuple[str, int | None, tuple[int, ...]]
+"""A parameter's name, which index of its first axis (None: all of it), and the tensor's shape in the file."""
+
+
+def _groups(table: Table, leaves: Mapping[str, jax.Array], largest: int) -> Iterator[dict[str, _Where]]:
+    """Checkpoint keys, file by file, and what fills each."""
+    group: dict[str, _Where] = {}
+    size = 0
+    for name, leaf in leaves.items():
+        for key, index, shape in published_keys(table, name, leaf.shape):
+            nbytes = leaf.dtype.itemsize * int(np.prod(shape))
+            if group and size + nbytes > largest:
+                yield group
+                group, size = {}, 0
+            group[key], size = (name, index, shape), size + nbytes
+    yield group
+
+
+def _tensor(leaves: Mapping[str, jax.Array], name: str, index: int | None, shape: tuple[int, ...]) -> np.ndarray:
+    leaf = leaves[name] if index is None else leaves[name][index]
+    return np.ascontiguousarray(jax.device_get(leaf)).reshape(shape)
