@@ -81,11 +81,30 @@ def attend(
     query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
     query = query.reshape(batch, groups, heads // groups * window, width)
     scores = contract("bgqk,bgtk->bgqt", query, key, dtype=jnp.float32) * width**-0.5
-    attended = key_mask[:, None, None, :]
-    # a finite floor, then zero weights: -inf everywhere would be NaN, here and in the gradient
-    scores = jnp.where(attended, scores, jnp.finfo(jnp.float32).min)
-    weight = jnp.where(attended, jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True))), 0.0)
-    total = weight.sum(axis=-1, keepdims=True)
-    weight = (weight / jnp.where(total > 0, total, 1.0)).astype(value.dtype)
+    weight = _masked_softmax(scores, key_mask[:, None, None, :]).astype(value.dtype)
     mixed = contract("bgqt,bgtk->bgqk", weight, value)
     return jnp.swapaxes(mixed.reshape(batch, heads, window, width), 1, 2)
+
+
+@jax.custom_vjp
+def _masked_softmax(scores: Float[Array, "B G Q T"], mask: Bool[Array, "B 1 1 T"]) -> Float[Array, "B G Q T"]:
+    """Softmax over the keys in `mask`; zeros in a row without any. Written out with its gradient, because autodiff
+    would go over the scores, the largest array here, several times more."""
+    # a finite floor, then zero weights: -inf everywhere would be NaN
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weight = jnp.where(mask, jnp.exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
+    total = weight.sum(axis=-1, keepdims=True)
+    return weight / jnp.where(total > 0, total, 1.0)
+
+
+def _softmax_forward(scores: Array, mask: Array) -> tuple[Array, Array]:
+    weight = _masked_softmax(scores, mask)
+    return weight, weight
+
+
+def _softmax_backward(weight: Array, cotangent: Array) -> tuple[Array, None]:
+    product = weight * cotangent
+    return product - weight * product.sum(axis=-1, keepdims=True), None
+
+
+_masked_softmax.defvjp(_softmax_forward, _softmax_backward)

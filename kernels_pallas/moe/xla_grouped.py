@@ -30,8 +30,8 @@ class Plan(NamedTuple):
 
     place: Int[Array, "M k"]
     """Place in the product, expert * C + rank; E * C for a row that overflows or goes nowhere."""
-    source_row: Int[Array, "E*C"]
-    """Row that fills each place; 0 where nothing does."""
+    source: Int[Array, "E*C"]
+    """What fills each place, row * k + slot; M * k where nothing does."""
     overflow: Int[Array, "S+largest"]
     """What overflows, expert by expert without gaps: row * k + slot; 0 where nothing is left."""
     start: Int[Array, "blocks"]
@@ -76,7 +76,7 @@ def plan_rows(expert_ids: Int[Array, "M k"], num_experts: int, places: int, larg
     fits = (rank >= 0) & (rank < places)
     place = jnp.where(fits, expert * places + rank, num_experts * places)
     index = jnp.arange(routed, dtype=jnp.int32)
-    source_row = jnp.zeros(num_experts * places, jnp.int32).at[place].set(index // slots, mode="drop")
+    source = jnp.full(num_experts * places, routed, jnp.int32).at[place].set(index, mode="drop")
     more = jnp.maximum(running[-1] - places, 0)
     first = jnp.cumsum(more) - more
     entry = jnp.where(rank >= places, first[expert] + rank - places, routed + largest)
@@ -87,7 +87,7 @@ def plan_rows(expert_ids: Int[Array, "M k"], num_experts: int, places: int, larg
     owner = jnp.minimum(jnp.sum(block[:, None] >= last, axis=1), num_experts - 1)
     done = (block - (last - blocks)[owner]) * largest
     return Plan(
-        place=place.reshape(num_tokens, slots), source_row=source_row, overflow=overflow,
+        place=place.reshape(num_tokens, slots), source=source, overflow=overflow,
         start=first[owner] + done, expert=owner, rows=jnp.clip(more[owner] - done, 0, largest), num_blocks=last[-1])
 
 
@@ -105,19 +105,44 @@ def _swiglu(rows: Array, gate: Array, up: Array, down: Array) -> Array:
     return dot(hidden, down)
 
 
+def _rows_in_place(x: Array, plan: Plan, *, num_experts: int) -> Float[Array, "E C D"]:
+    """The rows of the product; any row where nothing has the place."""
+    slots = plan.place.shape[1]
+    return x[jnp.minimum(plan.source // slots, len(x) - 1)].reshape(num_experts, -1, x.shape[1])
+
+
+def _from_places(values: Float[Array, "E*C D"], plan: Plan, *, slot: int) -> Float[Array, "M D"]:
+    """What stands at the place of each row's slot; zeros for a row without one."""
+    place = plan.place[:, slot, None]
+    return jnp.where(place < len(values), values[jnp.minimum(place[:, 0], len(values) - 1)], 0.0)
+
+
 def _product(
     x: Array, weights: Array, gate: Array, up: Array, down: Array, *, plan: Plan
 ) -> Float[Array, "M D"]:
     """What the rows with a place contribute, float32."""
-    num_experts = gate.shape[0]
-    outputs = _swiglu(x[plan.source_row].reshape(num_experts, -1, x.shape[1]), gate, up, down)
-    outputs = outputs.reshape(-1, x.shape[1])
+    outputs = _swiglu(_rows_in_place(x, plan, num_experts=len(gate)), gate, up, down).reshape(-1, x.shape[1])
     total = jnp.zeros(x.shape, jnp.float32)
     for slot in range(weights.shape[1]):  # slot by slot: no [M, k, D] array
-        place = plan.place[:, slot]
-        part = weights[:, slot, None].astype(jnp.float32) * outputs[jnp.minimum(place, len(outputs) - 1)]
-        total += jnp.where((place < len(outputs))[:, None], part, 0.0)
+        total += weights[:, slot, None].astype(jnp.float32) * _from_places(outputs, plan, slot=slot)
     return total
+
+
+def _product_gradient(
+    x: Array, weights: Array, gate: Array, up: Array, down: Array, cotangent: Array, *, plan: Plan
+) -> tuple[Array, ...]:
+    """Gradients of `_product` in x, weights and the matrices. A row has one place a slot, and a place one row:
+    what autodiff would scatter is gathered."""
+    slots = weights.shape[1]
+    outputs, pull_back = jax.vjp(_swiglu, _rows_in_place(x, plan, num_experts=len(gate)), gate, up, down)
+    filled, entry = plan.source < weights.size, jnp.minimum(plan.source, weights.size - 1)
+    scale = jnp.where(filled, weights.reshape(-1)[entry].astype(jnp.float32), 0.0)
+    rows, *matrices = pull_back((scale[:, None] * cotangent[entry // slots]).reshape(outputs.shape))
+    outputs, rows = outputs.reshape(-1, x.shape[1]), rows.reshape(-1, x.shape[1]).astype(jnp.float32)
+    at_slots = range(slots)
+    grad_x = sum(_from_places(rows, plan, slot=slot) for slot in at_slots)
+    grad_weights = [jnp.sum(cotangent * _from_places(outputs, plan, slot=slot), axis=1) for slot in at_slots]
+    return jnp.asarray(grad_x, x.dtype), jnp.stack(grad_weights, axis=1).astype(weights.dtype), *matrices
 
 
 class _Block(NamedTuple):
@@ -195,8 +220,7 @@ def _vjp_backward(operands: tuple[Array, ...], cotangent: Array) -> tuple[Array 
     x, expert_ids, weights, gate, up, down = operands
     plan, sizes = _plan(expert_ids, gate)
     cotangent = cotangent.astype(jnp.float32)
-    _, pull_back = jax.vjp(partial(_product, plan=plan), x, weights, gate, up, down)
-    grads = pull_back(cotangent)
+    grads = _product_gradient(x, weights, gate, up, down, cotangent, plan=plan)
 
     def add_block(index: Array, grads: tuple[Array, ...]) -> tuple[Array, ...]:
         grad_x, grad_weights, *grad_matrices = grads

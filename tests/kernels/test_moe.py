@@ -146,13 +146,14 @@ def test_the_plan_holds_every_routed_row_once() -> None:
                 continue
             if seen[expert] < places:  # the first ones in the product, in their order
                 assert place == expert * places + seen[expert]
-                assert plan.source_row[place] == row
+                assert plan.source[place] == entry
                 assert entry not in blocks
             else:
                 assert place == experts * places
                 assert blocks.pop(entry) == expert
             seen[expert] += 1
         assert not blocks
+        assert sum(plan.source < rows * slots) == sum(min(count, places) for count in seen.values())
         assert len(plan.overflow) == rows * slots + largest
 
 
