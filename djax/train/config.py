@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import optax
 
 from djax.config import DTYPES
 
-OPTIMIZERS = ("adamw", "adam", "lion", "sgd", "adafactor")
-SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adam", "lion", "sgd", "adafactor", "muon")
+SCHEDULES = ("constant", "linear", "cosine", "trapezoid")
+_OWN_OPTIONS = ("learning_rate", "weight_decay", "mask", "weight_decay_mask", "muon_weight_dimension_numbers")
+"""What no `optimizer.options` may hold: there is a field for it, or it follows from the model."""
 
 
 def _at_least(owner: str, values: dict[str, tuple[float, float]]) -> None:
@@ -53,12 +57,15 @@ class DataSection:
     """Tokens of a row at most: prompt, answer, EOS."""
     longest_tail: int = 64
     """Most EOS learned after an answer."""
+    group: int = 1
+    """Updates whose rows are shared out by length, which saves padding."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (not self.tasks):
             raise ValueError("data: got " + ("neither path nor tasks" if self.path is None else "path and tasks")
                              + "; allowed one of them; give one")
-        _at_least("data", {"row_length": (self.row_length, 2), "longest_tail": (self.longest_tail, 1)})
+        _at_least("data", {"row_length": (self.row_length, 2), "longest_tail": (self.longest_tail, 1),
+                           "group": (self.group, 1)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,22 +75,36 @@ class OptimizerSection:
     name: str = "adamw"
     learning_rate: float
     schedule: str = "cosine"
-    """After the warm-up: constant, or to zero at the last update along a line or a cosine."""
+    """After the warm-up: constant, to zero at the last update along a line or a cosine, or constant and then along a
+    line (trapezoid)."""
     warmup_steps: int = 0
+    decay_steps: int = 0
+    """Last updates of a trapezoid, in which the rate falls."""
     weight_decay: float = 0.0
-    """Of matrices only, and of optimizers that have one (adamw, lion)."""
+    """Of matrices only, and of optimizers that have one (adamw, lion, muon)."""
     clip_norm: float | None = 1.0
     """Global norm that gradients are clipped to; false for none."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further numbers and flags by the names of the optax function's arguments."""
 
     def __post_init__(self) -> None:
         _one_of("optimizer", "name", self.name, OPTIMIZERS)
         _one_of("optimizer", "schedule", self.schedule, SCHEDULES)
         _at_least("optimizer", {
             "learning_rate": (self.learning_rate, 0), "warmup_steps": (self.warmup_steps, 0),
-            "weight_decay": (self.weight_decay, 0), "clip_norm": (self.clip_norm or 0, 0)})
-        if self.weight_decay and self.name not in ("adamw", "lion"):
+            "decay_steps": (self.decay_steps, 0), "weight_decay": (self.weight_decay, 0),
+            "clip_norm": (self.clip_norm or 0, 0)})
+        if self.weight_decay and self.name not in ("adamw", "lion", "muon"):
             raise ValueError(f"optimizer.weight_decay: got {self.weight_decay}; allowed 0 with {self.name}, which has "
-                             "none; use adamw or lion")
+                             "none; use adamw, lion or muon")
+        if bool(self.decay_steps) != (self.schedule == "trapezoid"):
+            raise ValueError(f"optimizer.decay_steps: got {self.decay_steps} with {self.schedule}; allowed at least 1 "
+                             "with trapezoid and 0 with others; change one of them")
+        known = [name for name in inspect.signature(_function(self.name)).parameters if name not in _OWN_OPTIONS]
+        for name, value in self.options.items():
+            if name not in known or not isinstance(value, int | float):
+                raise ValueError(f"optimizer.options.{name}: got {value!r:.60}; allowed a number or a flag of "
+                                 f"{', '.join(known)}; correct or remove it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +208,7 @@ def _build(section: Any, fields: Any, *, where: str) -> Any:
             hint = f"did you mean {near[0]}?" if near else "remove it"
             raise ValueError(f"{prefix}{name}: got a field that does not exist; allowed {', '.join(known)}; {hint}")
     for name, field in known.items():
-        if name not in fields and field.default is dataclasses.MISSING:
+        if name not in fields and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{prefix}{name}: got nothing; allowed {_kind(field.type)}; add it")
     hints = typing.get_type_hints(section)
     return section(**{name: _value(hints[name], value, where=prefix + name) for name, value in fields.items()})
@@ -201,7 +222,10 @@ def _value(hint: Any, value: Any, *, where: str) -> Any:
     kind = next(option for option in options if option is not type(None))
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, where=where)
-    if typing.get_origin(kind) is tuple:
+    if typing.get_origin(kind) is dict:
+        if isinstance(value, dict):
+            return value
+    elif typing.get_origin(kind) is tuple:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
     elif kind is float:
@@ -227,6 +251,8 @@ def learning_rate(section: OptimizerSection, steps: int) -> optax.Schedule:
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+        "trapezoid": lambda: optax.linear_schedule(
+            peak, 0.0, section.decay_steps, transition_begin=max(rest - section.decay_steps, 0)),
     }[section.schedule]()
     if not section.warmup_steps:
         return after
@@ -235,13 +261,41 @@ def learning_rate(section: OptimizerSection, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [section.warmup_steps])
 
 
-def make_optimizer(section: OptimizerSection, steps: int) -> optax.GradientTransformation:
-    """The optax optimizer of a configuration."""
-    rate = learning_rate(section, steps)
-    decay: dict[str, Any] = {} if section.name not in ("adamw", "lion") else {
-        "weight_decay": section.weight_decay, "mask": _is_matrix}
-    core = getattr(optax, section.name)(rate, **decay)
+def _function(name: str) -> Callable[..., optax.GradientTransformation]:
+    """optax's own function."""
+    return getattr(optax.contrib if name == "muon" else optax, name)
+
+
+def make_optimizer(section: OptimizerSection, steps: int, *, axes: Any | None = None) -> optax.GradientTransformation:
+    """The optax optimizer of a configuration.
+
+    Args:
+        section: what the configuration says.
+        steps: updates of the whole run.
+        axes: `djax.models.logical_axes` of the model, which says what is a matrix to muon (arXiv 2502.16982): an
+            expert by itself, a projection to heads as one. The embedding, the head and the norms get Adam, as there.
+            None leaves muon all arrays of two axes.
+    """
+    arguments: dict[str, Any] = dict(section.options)
+    if section.name in ("adamw", "lion"):
+        arguments |= {"weight_decay": section.weight_decay, "mask": _is_matrix}
+    elif section.name == "muon":
+        arguments |= {"weight_decay": section.weight_decay, "weight_decay_mask": _is_matrix}
+        if axes is not None:
+            numbers = jax.tree.map(_muon_axes, axes, is_leaf=lambda node: isinstance(node, tuple))
+            arguments["muon_weight_dimension_numbers"] = numbers
+    core = _function(section.name)(learning_rate(section, steps), **arguments)
     return core if section.clip_norm is None else optax.chain(optax.clip_by_global_norm(section.clip_norm), core)
+
+
+def _muon_axes(names: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+    """A parameter's two sides, from its axes' names: rows are outputs, the model's width is a side by itself."""
+    axes = [axis for axis, name in enumerate(names) if name != "experts"]
+    if "vocab" in names or len(axes) < 2:
+        return None
+    if names[axes[0]] == "embed":
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=tuple(axes[1:]), output_axis=axes[0])
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=axes[-1], output_axis=tuple(axes[:-1]))
 
 
 def _is_matrix(params: Any) -> Any:

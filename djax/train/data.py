@@ -21,6 +21,8 @@ BUCKET = 32
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt and of its answer, without EOS."""
+Row = tuple[int, list[int]]
+"""How many tokens are the prompt's, and all tokens."""
 
 
 class Source(Protocol):
@@ -110,39 +112,55 @@ def _pair_of(record: Any, tokenizer: Tokenizer) -> Pair:
 
 
 def batcher(
-    source: Source, *, batch_size: int, row_length: int, eos_id: int, longest_tail: int, seed: int
+    source: Source, *, batch_size: int, row_length: int, eos_id: int, longest_tail: int, seed: int, group: int = 1
 ) -> Callable[[int], Batch]:
     """The batch of each update.
 
     A row is prompt, answer, and 1 to `longest_tail` EOS, all of which are learned: in generation the canvas
-    ends somewhere behind the answer, and the model has to fill what is left.
+    ends somewhere behind the answer, and the model has to fill what is left. Short tails are the more frequent
+    ones (their logarithm is uniform): long ones teach little more and take as long.
 
     Args:
-        source: examples; update n takes n * batch_size and following.
+        source: examples; update n takes n * batch_size and following (its group's, if `group` is above 1).
         batch_size: rows.
         row_length: bound on a row's tokens, one EOS included.
         eos_id: ends and fills an answer.
         longest_tail: most EOS after an answer, as far as they fit.
-        seed: of the tails' lengths.
+        seed: of the tails' lengths, and of the order within a group.
+        group: updates whose rows are shared out by length, so that a batch has rows of nearly the same length and
+            little padding. Each example is still seen in its group, the batches in a random order.
 
     Raises:
         ValueError: (when called) an example does not fit; names it and what to raise.
     """
-    for name, value in (("batch_size", batch_size), ("row_length", row_length), ("longest_tail", longest_tail)):
+    for name, value in (("batch_size", batch_size), ("row_length", row_length), ("longest_tail", longest_tail),
+                        ("group", group)):
         if value < 1:
             raise ValueError(f"{name}: got {value}; it must be at least 1")
 
+    @functools.lru_cache(maxsize=1)
+    def rows_of(number: int) -> list[list[Row]]:
+        """Every batch of a group."""
+        count = group * batch_size
+        rows = [row(index) for index in range(number * count, (number + 1) * count)]
+        if group > 1:
+            rows.sort(key=lambda row: len(row[1]))
+        order = np.random.default_rng([seed, number]).permutation(group)
+        return [rows[place * batch_size : (place + 1) * batch_size] for place in order]
+
+    def row(index: int) -> Row:
+        prompt, answer = source.pair(index)
+        room = row_length - len(prompt) - len(answer)
+        if room < 1:
+            raise ValueError(
+                f"row_length: got {row_length}; example {index} has {len(prompt)} + {len(answer)} tokens and needs "
+                "one EOS; raise row_length or leave it out")
+        tail = int((min(room, longest_tail) + 1) ** np.random.default_rng([seed, index]).random())
+        return len(prompt), [*prompt, *answer, *[eos_id] * tail]
+
     def batch(update: int) -> Batch:
-        rows = []
-        for index in range(update * batch_size, (update + 1) * batch_size):
-            prompt, answer = source.pair(index)
-            room = row_length - len(prompt) - len(answer)
-            if room < 1:
-                raise ValueError(
-                    f"row_length: got {row_length}; example {index} has {len(prompt)} + {len(answer)} tokens and needs "
-                    "one EOS; raise row_length or leave it out")
-            tail = int(np.random.default_rng([seed, index]).integers(1, min(room, longest_tail), endpoint=True))
-            rows.append((len(prompt), [*prompt, *answer, *[eos_id] * tail]))
+        number, place = divmod(update, group)
+        rows = rows_of(number)[place]
         length = min(-(-max(len(row) for _, row in rows) // BUCKET) * BUCKET, row_length)
         column = np.arange(length)
         tokens = np.full((batch_size, length), eos_id, np.int32)

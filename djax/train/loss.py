@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -123,13 +124,32 @@ def masked_diffusion_loss(
     Returns:
         The total, and its parts.
     """
-    model = nnx.merge(graphdef, params)
     noise, masked = sample_masks(key, batch.is_answer & batch.valid)
+    lengths = jnp.maximum((batch.is_answer & batch.valid).sum(axis=1), 1)
+    return losses_at(
+        graphdef, params, batch, masked, lambda log_probs: row_losses(log_probs, masked, noise) / lengths,
+        mask_id=mask_id, weights=weights, remat=remat, vocab_chunk=vocab_chunk)
+
+
+def losses_at(
+    graphdef: nnx.GraphDef[Any],
+    params: Params,
+    batch: Batch,
+    masked: Bool[Array, "B T"],
+    rows: Callable[[Float[Array, "B T"]], Float[Array, "B"]],
+    *,
+    mask_id: int | Int[Array, ""],
+    weights: LossWeights,
+    remat: bool,
+    vocab_chunk: int,
+) -> tuple[Float[Array, ""], Losses]:
+    """The loss of a batch with given positions masked: the mean over rows of what `rows` makes of the log-probs of
+    its tokens, and the router's losses. Other arguments and result as of `masked_diffusion_loss`.
+    """
+    model = nnx.merge(graphdef, params)
     hidden, logits = model.hidden_and_router(
         jnp.where(masked, mask_id, batch.tokens), positions=batch.positions, key_mask=batch.valid, remat=remat)
-    log_probs = model.log_probs(hidden, batch.tokens, vocab_chunk=vocab_chunk)
-    lengths = jnp.maximum((batch.is_answer & batch.valid).sum(axis=1), 1)
-    diffusion = jnp.mean(row_losses(log_probs, masked, noise) / lengths)
+    diffusion = jnp.mean(rows(model.log_probs(hidden, batch.tokens, vocab_chunk=vocab_chunk)))
     balance, router_z = router_losses(logits, batch.valid, experts_per_token=model.config.experts_per_token)
     total = diffusion + weights.balance * balance + weights.router_z * router_z
     return total, Losses(total=total, diffusion=diffusion, balance=balance, router_z=router_z)

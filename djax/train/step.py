@@ -40,6 +40,7 @@ class Report:
 
 
 Step = Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Report]]
+Objective = Callable[..., tuple[Float[Array, ""], Losses]]
 
 
 def init_state(
@@ -76,6 +77,7 @@ def make_step(
     remat: bool = False,
     vocab_chunk: int = 8192,
     compute_dtype: jax.typing.DTypeLike | None = None,
+    objective: Objective = masked_diffusion_loss,
 ) -> Step:
     """A step `(state, batch, key) -> (state, report)`, to be jitted (donate the state).
 
@@ -90,15 +92,16 @@ def make_step(
             so that a batch split over devices stays where it is.
         remat, vocab_chunk: see `masked_diffusion_loss`.
         compute_dtype: parameters are cast to it for the forward and backward pass; None computes in their own.
+        objective: the loss; it has the arguments of `masked_diffusion_loss`.
 
     Raises:
         ValueError: (when traced) `accumulate` does not divide the rows.
     """
 
-    def loss(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Losses]:
+    def loss(params: Params, batch: Any, key: Key[Array, ""]) -> tuple[Float[Array, ""], Losses]:
         if compute_dtype is not None:
             params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
-        return masked_diffusion_loss(
+        return objective(
             graphdef, params, batch, key, mask_id=mask_id, weights=weights, remat=remat, vocab_chunk=vocab_chunk)
 
     def step(state: TrainState, batch: Batch, key: Key[Array, ""]) -> tuple[TrainState, Report]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from djax.config import LladaMoeConfig
+from djax.models import init_params, logical_axes
 from djax.train.config import OptimizerSection, learning_rate, make_optimizer, read_config
+from tests.train.run_driver import CONFIG
 
 GOOD = """
 [model]
@@ -55,6 +60,14 @@ def test_fields_defaults_and_paths(tmp_path: Path) -> None:
     ("learning_rate = 1e-3", "learning_rate = -1", "optimizer.learning_rate: got -1.0; allowed at least 0"),
     ("learning_rate = 1e-3", 'learning_rate = 1\nname = "adamz"', "optimizer.name: got 'adamz'; allowed adamw"),
     ("learning_rate = 1e-3", 'learning_rate = 1\nname = "sgd"\nweight_decay = 0.1', "optimizer.weight_decay: got 0.1"),
+    ("learning_rate = 1e-3", 'learning_rate = 1\nschedule = "trapezoid"', "optimizer.decay_steps: got 0 with trape"),
+    ("learning_rate = 1e-3", "learning_rate = 1\ndecay_steps = 5", "optimizer.decay_steps: got 5 with cosine"),
+    ("learning_rate = 1e-3", "learning_rate = 1\noptions = {b3 = 1}", "optimizer.options.b3: got 1; allowed .*b1, b2"),
+    ("learning_rate = 1e-3", 'learning_rate = 1\noptions = {b2 = "x"}', "optimizer.options.b2: got 'x'; allowed a num"),
+    ("learning_rate = 1e-3", "learning_rate = 1\noptions = {mask = 1}", "optimizer.options.mask: got 1; allowed"),
+    ("learning_rate = 1e-3", "learning_rate = 1\noptions = 3", "optimizer.options: got 3; allowed a table"),
+    ("batch_size = 8", "batch_size = 8\n[data2]", "data2: got a field that does not exist"),
+    ('tasks = ["addition", "sort"]', 'tasks = ["sort"]\ngroup = 0', "data.group: got 0; allowed at least 1"),
     ('tasks = ["addition", "sort"]', "", "data: got neither path nor tasks"),
     ('tasks = ["addition", "sort"]', 'tasks = ["sort"]\npath = "a"', "data: got path and tasks"),
     ('tasks = ["addition", "sort"]', "tasks = [1]", r"data.tasks: got \[1\]; allowed a list of texts"),
@@ -89,13 +102,59 @@ def test_learning_rates(schedule: str, last: float) -> None:
     assert float(rate(9)) == pytest.approx(2 * last, rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "sgd", "adafactor"])
+def test_a_trapezoid_is_flat_until_its_last_updates() -> None:
+    section = OptimizerSection(learning_rate=2.0, schedule="trapezoid", warmup_steps=2, decay_steps=4)
+    rate = learning_rate(section, 10)
+    np.testing.assert_allclose(
+        [float(rate(step)) for step in range(10)], [1.0, 2, 2, 2, 2, 2, 2, 1.5, 1.0, 0.5], rtol=1e-6)
+
+
+def test_options_reach_the_optimizer() -> None:
+    params, gradient = {"matrix": jnp.ones((2, 2))}, {"matrix": jnp.full((2, 2), 0.5)}
+
+    def second_update(**options: float) -> float:
+        section = OptimizerSection(
+            name="sgd", learning_rate=1.0, schedule="constant", clip_norm=None, options=options)
+        optimizer = make_optimizer(section, 10)
+        _, state = optimizer.update(gradient, optimizer.init(params), params)
+        return float(optimizer.update(gradient, state, params)[0]["matrix"][0, 0])
+
+    assert second_update() == pytest.approx(-0.5)
+    assert second_update(momentum=0.5) == pytest.approx(-0.75)
+
+
+def test_muon_takes_experts_one_by_one_and_projections_whole() -> None:
+    config = LladaMoeConfig(**{**CONFIG, "num_kv_heads": 1})
+    params = jax.tree.map(jnp.asarray, nnx.to_pure_dict(init_params(config, jax.random.key(0))[1]))
+    section = OptimizerSection(
+        name="muon", learning_rate=1.0, schedule="constant", clip_norm=None, options={"ns_steps": 12})
+    optimizer = make_optimizer(section, 10, axes=logical_axes(config))
+    gradient = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape), params)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+
+    def spread(matrix: jnp.ndarray) -> float:
+        values = np.linalg.svd(np.asarray(matrix), compute_uv=False)
+        return float(values.max() / values.min())
+
+    layer = updates["layers"][0]
+    width = config.hidden_size
+    whole = {
+        "query": layer["attention"]["query"].reshape(-1, width), "key": layer["attention"]["key"].reshape(-1, width),
+        "output": layer["attention"]["output"].reshape(width, -1), "router": layer["moe"]["router"],
+        **{f"{name} {index}": layer["moe"][name][index] for name in ("gate", "up", "down") for index in (0, 3)}}
+    for name, matrix in whole.items():  # Newton-Schulz brings all singular values near each other
+        assert spread(matrix) < 2, name
+    for name in ("embed", "head"):  # Adam: every entry moves as far as any other
+        np.testing.assert_allclose(np.abs(updates[name]), np.abs(updates[name][0, 0]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "sgd", "adafactor", "muon"])
 def test_every_optimizer_descends_and_only_matrices_decay(name: str) -> None:
     optimizer = make_optimizer(OptimizerSection(name=name, learning_rate=0.05, schedule="constant"), 10)
     params = {"matrix": jnp.ones((2, 2)), "norm": jnp.ones(2)}
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     assert all((leaf < 0).all() for leaf in updates.values())
-    if name in ("adamw", "lion"):
+    if name in ("adamw", "lion", "muon"):
         decaying = make_optimizer(
             OptimizerSection(name=name, learning_rate=0.05, schedule="constant", weight_decay=0.5), 10)
         decayed, _ = decaying.update(params, decaying.init(params), params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -51,6 +52,38 @@ def test_batches_follow_from_the_update() -> None:
     assert any(not np.array_equal(first(u).tokens, other(u).tokens) for u in range(5))  # type: ignore[operator]
     orders = {tuple(len(FixedSource(PAIRS, seed=0).pair(5 * number + i)[0]) for i in range(5)) for number in range(6)}
     assert len(orders) > 1, "passes differ"
+
+
+def test_a_group_holds_the_same_rows_sorted_by_length() -> None:
+    pairs = [([1], [2] * n) for n in range(1, 61)]
+
+    def make(group: int) -> object:
+        return batcher(FixedSource(pairs, seed=0), batch_size=5, row_length=128, eos_id=EOS, longest_tail=64, seed=0,
+                       group=group)
+
+    def rows(group: int) -> list[list[tuple[int, ...]]]:
+        batches = [make(group)(update) for update in range(12)]  # type: ignore[operator]
+        return [[tuple(row[valid]) for row, valid in zip(*map(np.asarray, (b.tokens, b.valid)), strict=True)]
+                for b in batches]
+
+    plain, grouped = rows(1), rows(4)
+    for start in (0, 4, 8):
+        same = [sorted(itertools.chain(*batches[start : start + 4])) for batches in (plain, grouped)]
+        assert same[0] == same[1]
+        spans = sorted((min(map(len, batch)), max(map(len, batch))) for batch in grouped[start : start + 4])
+        assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
+    order = [[len(batch[0]) for batch in grouped[start : start + 4]] for start in (0, 4, 8)]
+    assert any(lengths != sorted(lengths) for lengths in order), "the batches of a group come in a random order"
+    assert rows(4) == grouped
+
+
+def test_short_tails_are_the_more_frequent_ones() -> None:
+    make = batcher(FixedSource([([1], [2])], seed=0), batch_size=2000, row_length=128, eos_id=EOS, longest_tail=100,
+                   seed=0)
+    tails = np.asarray(make(0).valid).sum(1) - 2
+    assert (tails.min(), tails.max()) == (1, 100)
+    for limit in (3, 10, 50):  # P(tail <= n) = log(n + 1) / log(101)
+        assert np.mean(tails <= limit) == pytest.approx(np.log(limit + 1) / np.log(101), abs=0.04)
 
 
 def test_an_example_that_does_not_fit_is_named() -> None:

@@ -1,0 +1,121 @@
+"""A configuration, a model and examples to trained weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from djax.config import ModelConfig
+from djax.models import build, logical_axes
+from djax.sharding import shardings
+from djax.text import Tokenizer
+from djax.train.config import MeshSection, TrainConfig, make_optimizer
+from djax.train.data import FixedSource, Source, TaskSource, batcher, read_jsonl
+from djax.train.loop import Metrics, Schedule, fit
+from djax.train.loss import Batch, LossWeights, masked_diffusion_loss
+from djax.train.step import Objective, init_state, make_step
+from djax.types import Params
+
+
+def train(
+    params: Params, model: ModelConfig, config: TrainConfig, batches: Callable[[int], Batch], *,
+    mesh: Mesh | None = None, objective: Objective = masked_diffusion_loss,
+) -> dict[str, Any]:
+    """Train from `params` as a configuration says, or go on where its output stopped.
+
+    Args:
+        params: the start, an `nnx.State` or a pure dict. Pass the only reference: where the run is resumed it is
+            not needed beside the master weights.
+        model: what the parameters belong to; it has a mask id.
+        config: the run.
+        batches: the batch of update n, as from `batcher`.
+        mesh: devices to train on; its axes are those of `make_mesh`.
+        objective: the loss, as in `make_step`.
+
+    Returns:
+        The trained parameters, float32, as a pure dict.
+
+    Raises:
+        ValueError: the model has no mask id, a checkpoint in the output is damaged or another run's, or training
+            diverged.
+        OSError: the output cannot be written.
+    """
+    if model.mask_id is None:
+        raise ValueError("model.source: got a checkpoint without a mask id; allowed one that has it")
+    training = config.training
+    axes = logical_axes(model)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.to_pure_dict(params))
+    placed = None if mesh is None else shardings(axes, params, mesh=mesh)
+    optimizer = make_optimizer(config.optimizer, training.steps, axes=axes)
+    step = make_step(
+        nnx.split(build(model))[0], optimizer, mask_id=model.mask_id,
+        weights=LossWeights(balance=training.balance, router_z=training.router_z), accumulate=training.accumulate,
+        remat=training.remat, vocab_chunk=training.vocab_chunk, compute_dtype=training.compute_dtype or model.dtype,
+        objective=objective)
+    with _progress(training.steps) as report:
+        try:
+            state = fit(
+                init_state(params, optimizer, shardings=placed), step, _on(mesh, batches),
+                jax.random.key(training.seed), directory=Path(training.output), keep=training.keep,
+                schedule=Schedule(steps=training.steps, log_every=training.log_every, save_every=training.save_every),
+                meta=config.identity(), report=report)
+        except FloatingPointError as error:
+            raise ValueError(f"optimizer.learning_rate: {error}") from error
+    return state.params
+
+
+def make_batches(config: TrainConfig, tokenizer: Tokenizer, *, eos_id: int) -> Callable[[int], Batch]:
+    """The batches of a configuration. Raises OSError or ValueError as its examples are read."""
+    data = config.data
+    source: Source = (
+        FixedSource(read_jsonl(Path(data.path), tokenizer), config.training.seed) if data.path is not None
+        else TaskSource(data.tasks, tokenizer, config.training.seed))
+    return batcher(
+        source, batch_size=config.training.batch_size, row_length=data.row_length, eos_id=eos_id,
+        longest_tail=data.longest_tail, seed=config.training.seed, group=data.group)
+
+
+def make_mesh(section: MeshSection) -> Mesh:
+    """The mesh of a configuration. Raises ValueError if there are too few devices."""
+    sizes = dataclasses.asdict(section)
+    needed = section.data * section.expert * section.tensor
+    if needed > jax.device_count():
+        raise ValueError(f"mesh: got {sizes}, {needed} devices; allowed {jax.device_count()} here; use fewer")
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=jax.devices()[:needed])
+
+
+def _on(mesh: Mesh | None, batches: Callable[[int], Batch]) -> Callable[[int], Batch]:
+    """Batches with their rows split over the data axis."""
+    if mesh is None:
+        return batches
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    return lambda update: jax.device_put(batches(update), rows)
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[int, Metrics], None]]:
+    """A progress bar on standard error, or a line for each report where that is no terminal."""
+    def line(metrics: Metrics) -> str:
+        return f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:.0f} tokens/s"
+
+    if not sys.stderr.isatty():
+        yield lambda done, metrics: print(f"{done}/{steps}: {line(metrics)}", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=steps)
+        yield lambda done, metrics: bar.update(task, completed=done, description=line(metrics))
