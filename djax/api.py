@@ -55,7 +55,7 @@ def load(
 
     Args:
         source: a Hugging Face directory (safetensors), a directory written by `djax convert`, or a hub id;
-            None is the small model bundled with djax.
+            None or "djax:base" is the small model bundled with djax.
         dtype: of weights and activations: "bfloat16", "float32" or "float16"; None keeps the checkpoint's.
         mesh: devices to shard over; None is the default device.
         rules: logical axis name to mesh axis, see `djax.sharding`; None is its default.
@@ -70,7 +70,7 @@ def load(
     import convert
     from djax import assets
 
-    directory = convert.resolve_source(assets.path() if source is None else source)
+    directory = convert.resolve_source(assets.resolve(source))
     config, params = convert.load_params(directory, dtype=dtype, mesh=mesh, rules=rules, progress=progress)
     tokenizer = Tokenizer.load(directory) if has_tokenizer(directory) else None
     if mask_id is None and config.mask_id is None and tokenizer is not None:

@@ -152,9 +152,11 @@ def convert(
     """Convert a Hugging Face checkpoint to djax's own format (Orbax), with a manifest of digests."""
     _check_dtype(dtype)
     import convert as converter
+    from djax import assets
 
+    found = assets.resolve(source)
     with _terminable(), _progress("converting") as progress:
-        written = converter.convert(source, destination, dtype=dtype, overwrite=force, progress=progress)
+        written = converter.convert(found, destination, dtype=dtype, overwrite=force, progress=progress)
     print(written)
 
 
@@ -175,9 +177,10 @@ def inspect(source: Source, *, json: Json = False, debug: Debug = False) -> None
     """Show a checkpoint: configuration, parameter count, bytes, and what its keys map to."""
     from convert import resolve_source
     from convert.checkpoint import is_converted
+    from djax import assets
     from djax.cli_output import print_summary
 
-    directory = resolve_source(source)
+    directory = resolve_source(assets.resolve(source))
     print_summary((_converted if is_converted(directory) else _hugging_face)(directory), as_json=json)
 
 

@@ -45,7 +45,8 @@ class ModelFlags:
     """Which model, and how to run it."""
 
     model: Annotated[str | None, _option(
-        "--model", panel=_MODEL, metavar="PATH|HUB_ID", help="Checkpoint; the bundled tiny one if not given.")] = None
+        "--model", panel=_MODEL, metavar="PATH|HUB_ID",
+        help="Checkpoint; if not given the bundled one, djax:base.")] = None
     dtype: Annotated[str | None, _option(
         "--dtype", panel=_MODEL, help="Of weights and activations: bfloat16, float16 or float32.")] = "bfloat16"
     mask_id: Annotated[int | None, _integer(

@@ -216,6 +216,14 @@ def test_inspect(tmp_path: Path) -> None:
     assert text.endswith("ignored keys: none\n")
 
 
+def test_bundled_checkpoints_have_names(tmp_path: Path) -> None:
+    for name in assets.NAMES:
+        assert run_json("inspect", f"djax:{name}")[0]["directory"] == str(assets.path(name))
+    assert invoke("convert", "djax:base", str(tmp_path / "out")).exit_code == 0
+    line = one_line(invoke("inspect", "djax:huge"))
+    assert "got 'djax:huge'; bundled are djax:base" in line
+
+
 def test_convert_then_inspect_and_generate(tmp_path: Path) -> None:
     target = tmp_path / "converted"
     result = invoke("convert", str(assets.path()), str(target), "--dtype", "float32")

@@ -1,6 +1,6 @@
-"""The bundled tiny model: config.json, model.safetensors, tokenizer.json and its chat template.
+"""The bundled model, a small LLaDA-MoE that learned the tasks of `djax.train.tasks`.
 
-`benchmarks/make_assets.py` writes every file here; it is read through the same path as any checkpoint.
+`python -m djax.train.bundled` makes every file here; it is read through the same path as any checkpoint.
 """
 
 from __future__ import annotations
@@ -8,7 +8,30 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
+NAMES = ("base",)
+"""What is bundled."""
+PREFIX = "djax:"
+"""Before one of `NAMES`, where a checkpoint's directory or hub id could be."""
 
-def path() -> Path:
-    """Directory of the bundled checkpoint."""
-    return Path(str(importlib.resources.files(__name__)))
+
+def path(name: str = "base") -> Path:
+    """Directory of a bundled checkpoint.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"source: got {PREFIX + name!r}; bundled are {', '.join(PREFIX + name for name in NAMES)}")
+    root = Path(str(importlib.resources.files(__name__)))
+    return root if name == "base" else root / name
+
+
+def resolve(source: str | Path | None) -> str | Path:
+    """The directory that None ("djax:base") or "djax:NAME" stands for; anything else as it is.
+
+    Raises:
+        ValueError: no bundled checkpoint has that name.
+    """
+    if source is None:
+        return path()
+    return path(source.removeprefix(PREFIX)) if isinstance(source, str) and source.startswith(PREFIX) else source
