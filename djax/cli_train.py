@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from djax.api import DiffusionLM, load
 from djax.models import init_params
 from djax.train import TrainConfig, read_config
-from djax.train.run import make_batches, make_mesh, train
+from djax.train.run import make_batches, make_mesh, make_source, train
 from djax.types import Params
 
 MODEL_NAME = "model"
@@ -37,7 +37,7 @@ def run(path: Path) -> Path:
     if lm.tokenizer is None or lm.config.mask_id is None:
         raise ValueError("model.source: got a checkpoint without a tokenizer or a mask id; allowed one with both")
     model = lm.config
-    batches = make_batches(config, lm.tokenizer, eos_id=model.eos_id)
+    batches = make_batches(config, make_source(config, lm.tokenizer), eos_id=model.eos_id)
     trained = train(_start(lm, config), model, config, batches, mesh=mesh)
     dtype = jnp.dtype(model.dtype)
     return save(

@@ -59,13 +59,17 @@ class DataSection:
     """Most EOS learned after an answer."""
     group: int = 1
     """Updates whose rows are shared out by length, which saves padding."""
+    given: float = 0.0
+    """Share of the rows in which a random first part of the answer is never masked, as in block by block decoding."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (not self.tasks):
             raise ValueError("data: got " + ("neither path nor tasks" if self.path is None else "path and tasks")
                              + "; allowed one of them; give one")
         _at_least("data", {"row_length": (self.row_length, 2), "longest_tail": (self.longest_tail, 1),
-                           "group": (self.group, 1)})
+                           "group": (self.group, 1), "given": (self.given, 0)})
+        if self.given > 1:
+            raise ValueError(f"data.given: got {self.given}; allowed 0 to 1; correct it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

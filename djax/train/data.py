@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,16 +22,30 @@ BUCKET = 32
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt and of its answer, without EOS."""
-Row = tuple[int, list[int]]
-"""How many tokens are the prompt's, and all tokens."""
+
+
+class Sample(NamedTuple):
+    """One example as tokens."""
+
+    tokens: list[int]
+    is_answer: list[bool]
+    """What is learned; the rest is given."""
+    ends: bool = True
+    """Whether EOS follows, which is learned too."""
 
 
 class Source(Protocol):
     """Numbered examples."""
 
-    def pair(self, index: int) -> Pair:
+    def sample(self, index: int) -> Sample:
         """Example `index`, any number from 0."""
         ...
+
+
+def prompted(pair: Pair) -> Sample:
+    """A prompt, which is given, and its answer."""
+    prompt, answer = pair
+    return Sample([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +55,10 @@ class FixedSource:
     pairs: Sequence[Pair]
     seed: int
 
-    def pair(self, index: int) -> Pair:
+    def sample(self, index: int) -> Sample:
         """The example at place `index` of the endless sequence of passes."""
         number, place = divmod(index, len(self.pairs))
-        return self.pairs[_order(len(self.pairs), self.seed, number)[place]]
+        return prompted(self.pairs[_order(len(self.pairs), self.seed, number)[place]])
 
 
 @functools.lru_cache(maxsize=2)
@@ -63,11 +78,11 @@ class TaskSource:
         for name in self.names:
             tasks.examples(name, split="train", seed=self.seed)
 
-    def pair(self, index: int) -> Pair:
+    def sample(self, index: int) -> Sample:
         """Example `index` of the mix."""
         name = self.names[index % len(self.names)]
         example = next(tasks.examples(name, split="train", seed=self.seed, start=index))
-        return encode_pair([{"role": "user", "content": example.prompt}], example.answer, self.tokenizer)
+        return prompted(encode_pair([{"role": "user", "content": example.prompt}], example.answer, self.tokenizer))
 
 
 def encode_pair(prompt: str | Sequence[Mapping[str, str]], answer: str, tokenizer: Tokenizer) -> Pair:
@@ -112,7 +127,8 @@ def _pair_of(record: Any, tokenizer: Tokenizer) -> Pair:
 
 
 def batcher(
-    source: Source, *, batch_size: int, row_length: int, eos_id: int, longest_tail: int, seed: int, group: int = 1
+    source: Source, *, batch_size: int, row_length: int, eos_id: int, longest_tail: int, seed: int, group: int = 1,
+    given: float = 0.0,
 ) -> Callable[[int], Batch]:
     """The batch of each update.
 
@@ -126,9 +142,11 @@ def batcher(
         row_length: bound on a row's tokens, one EOS included.
         eos_id: ends and fills an answer.
         longest_tail: most EOS after an answer, as far as they fit.
-        seed: of the tails' lengths, and of the order within a group.
+        seed: of the tails' lengths, of what is given, and of the order within a group.
         group: updates whose rows are shared out by length, so that a batch has rows of nearly the same length and
             little padding. Each example is still seen in its group, the batches in a random order.
+        given: share of the rows in which the answer's first part, of a random length, counts as prompt: what block
+            by block decoding sees. It is never masked, and what follows is learned as an answer to it.
 
     Raises:
         ValueError: (when called) an example does not fit; names it and what to raise.
@@ -137,37 +155,43 @@ def batcher(
                         ("group", group)):
         if value < 1:
             raise ValueError(f"{name}: got {value}; it must be at least 1")
+    if not 0 <= given <= 1:
+        raise ValueError(f"given: got {given}; it must be from 0 to 1")
 
     @functools.lru_cache(maxsize=1)
-    def rows_of(number: int) -> list[list[Row]]:
+    def rows_of(number: int) -> list[list[Sample]]:
         """Every batch of a group."""
         count = group * batch_size
         rows = [row(index) for index in range(number * count, (number + 1) * count)]
         if group > 1:
-            rows.sort(key=lambda row: len(row[1]))
+            rows.sort(key=lambda row: len(row.tokens))
         order = np.random.default_rng([seed, number]).permutation(group)
         return [rows[place * batch_size : (place + 1) * batch_size] for place in order]
 
-    def row(index: int) -> Row:
-        prompt, answer = source.pair(index)
-        room = row_length - len(prompt) - len(answer)
-        if room < 1:
+    def row(index: int) -> Sample:
+        tokens, is_answer, ends = source.sample(index)
+        room = row_length - len(tokens)
+        if room < ends:
             raise ValueError(
-                f"row_length: got {row_length}; example {index} has {len(prompt)} + {len(answer)} tokens and needs "
-                "one EOS; raise row_length or leave it out")
-        tail = int((min(room, longest_tail) + 1) ** np.random.default_rng([seed, index]).random())
-        return len(prompt), [*prompt, *answer, *[eos_id] * tail]
+                f"row_length: got {row_length}; example {index} has {len(tokens) - sum(is_answer)} + {sum(is_answer)} "
+                "tokens and needs one EOS; raise row_length or leave it out")
+        for_tail, for_share, for_place = np.random.default_rng([seed, index]).random(3)
+        if for_share < given:
+            known = int(for_place * (sum(is_answer) + 1))
+            is_answer = [learned and count > known for learned, count in zip(
+                is_answer, itertools.accumulate(is_answer), strict=True)]
+        tail = int((min(room, longest_tail) + 1) ** for_tail) if ends else 0
+        return Sample([*tokens, *[eos_id] * tail], [*is_answer, *[True] * tail])
 
     def batch(update: int) -> Batch:
         number, place = divmod(update, group)
         rows = rows_of(number)[place]
-        length = min(-(-max(len(row) for _, row in rows) // BUCKET) * BUCKET, row_length)
-        column = np.arange(length)
+        length = min(-(-max(len(row.tokens) for row in rows) // BUCKET) * BUCKET, row_length)
         tokens = np.full((batch_size, length), eos_id, np.int32)
-        for place, (_, row) in enumerate(rows):
-            tokens[place, : len(row)] = row
-        valid = column < np.array([[len(row)] for _, row in rows])
-        is_answer = valid & (column >= np.array([[prompt] for prompt, _ in rows]))
+        is_answer, valid = np.zeros((2, batch_size, length), bool)
+        for place, row in enumerate(rows):
+            here = slice(len(row.tokens))
+            tokens[place, here], is_answer[place, here], valid[place, here] = row.tokens, row.is_answer, True
         return Batch(tokens=jnp.asarray(tokens), is_answer=jnp.asarray(is_answer), valid=jnp.asarray(valid))
 
     return batch

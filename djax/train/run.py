@@ -53,7 +53,8 @@ def train(
         raise ValueError("model.source: got a checkpoint without a mask id; allowed one that has it")
     training = config.training
     axes = logical_axes(model)
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.to_pure_dict(params))
+    pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), pure)
     placed = None if mesh is None else shardings(axes, params, mesh=mesh)
     optimizer = make_optimizer(config.optimizer, training.steps, axes=axes)
     step = make_step(
@@ -73,15 +74,19 @@ def train(
     return state.params
 
 
-def make_batches(config: TrainConfig, tokenizer: Tokenizer, *, eos_id: int) -> Callable[[int], Batch]:
-    """The batches of a configuration. Raises OSError or ValueError as its examples are read."""
-    data = config.data
-    source: Source = (
-        FixedSource(read_jsonl(Path(data.path), tokenizer), config.training.seed) if data.path is not None
-        else TaskSource(data.tasks, tokenizer, config.training.seed))
+def make_source(config: TrainConfig, tokenizer: Tokenizer) -> Source:
+    """The examples of a configuration. Raises OSError or ValueError as they are read."""
+    if config.data.path is not None:
+        return FixedSource(read_jsonl(Path(config.data.path), tokenizer), config.training.seed)
+    return TaskSource(config.data.tasks, tokenizer, config.training.seed)
+
+
+def make_batches(config: TrainConfig, source: Source, *, eos_id: int) -> Callable[[int], Batch]:
+    """The batches of a configuration, of any examples."""
+    data, training = config.data, config.training
     return batcher(
-        source, batch_size=config.training.batch_size, row_length=data.row_length, eos_id=eos_id,
-        longest_tail=data.longest_tail, seed=config.training.seed, group=data.group)
+        source, batch_size=training.batch_size, row_length=data.row_length, eos_id=eos_id,
+        longest_tail=data.longest_tail, seed=training.seed, group=data.group, given=data.given)
 
 
 def make_mesh(section: MeshSection) -> Mesh:

@@ -12,7 +12,7 @@ import pytest
 
 from djax import assets
 from djax.text import Tokenizer
-from djax.train.data import FixedSource, TaskSource, batcher, encode_pair, read_jsonl
+from djax.train.data import FixedSource, Sample, TaskSource, batcher, encode_pair, read_jsonl
 
 EOS = 9
 PAIRS = [([1] * n, [2] * (n + 1)) for n in range(1, 6)]
@@ -50,7 +50,8 @@ def test_batches_follow_from_the_update() -> None:
     for update in (7, 0, 3):
         np.testing.assert_array_equal(first(update).tokens, again(update).tokens)  # type: ignore[operator]
     assert any(not np.array_equal(first(u).tokens, other(u).tokens) for u in range(5))  # type: ignore[operator]
-    orders = {tuple(len(FixedSource(PAIRS, seed=0).pair(5 * number + i)[0]) for i in range(5)) for number in range(6)}
+    source = FixedSource(PAIRS, seed=0)
+    orders = {tuple(len(source.sample(5 * number + i).tokens) for i in range(5)) for number in range(6)}
     assert len(orders) > 1, "passes differ"
 
 
@@ -86,6 +87,39 @@ def test_short_tails_are_the_more_frequent_ones() -> None:
         assert np.mean(tails <= limit) == pytest.approx(np.log(limit + 1) / np.log(101), abs=0.04)
 
 
+def test_a_part_of_some_answers_is_given() -> None:
+    source = FixedSource([([1] * 3, [2] * 9)], seed=0)
+
+    def known(share: float) -> np.ndarray:
+        batch = batcher(source, batch_size=4000, row_length=64, eos_id=EOS, longest_tail=3, seed=0, given=share)(0)
+        learned = np.asarray(batch.is_answer)
+        assert (np.asarray(batch.tokens)[:, :12] == [1] * 3 + [2] * 9).all()
+        first = learned.argmax(1)
+        after = np.arange(learned.shape[1]) >= first[:, None]
+        np.testing.assert_array_equal(learned, np.asarray(batch.valid) & after)
+        return first - 3
+
+    assert (known(0.0) == 0).all()
+    counts = np.bincount(known(0.5), minlength=10)
+    assert counts.sum() == 4000
+    np.testing.assert_allclose(counts[1:], 200, atol=60)  # half of the rows, evenly over 0 to 9 tokens
+    with pytest.raises(ValueError, match=r"given: got 1\.5"):
+        known(1.5)
+
+
+def test_what_is_learned_may_have_gaps_and_no_end() -> None:
+    class Gaps:
+        def sample(self, index: int) -> Sample:
+            return Sample([1, 2, 3, 4], [False, True, False, True], ends=False)
+
+    batch = batcher(Gaps(), batch_size=50, row_length=4, eos_id=EOS, longest_tail=3, seed=0)(0)
+    assert (np.asarray(batch.tokens) == [1, 2, 3, 4]).all()
+    assert (np.asarray(batch.is_answer) == [False, True, False, True]).all()
+    begun = batcher(Gaps(), batch_size=50, row_length=4, eos_id=EOS, longest_tail=3, seed=0, given=1.0)(0)
+    assert {tuple(row) for row in np.asarray(begun.is_answer)[:, [1, 3]].tolist()} == {
+        (True, True), (False, True), (False, False)}
+
+
 def test_an_example_that_does_not_fit_is_named() -> None:
     make = batcher(FixedSource([([1] * 20, [2] * 20)], seed=0), batch_size=2, row_length=40, eos_id=EOS,
                    longest_tail=3, seed=0)
@@ -97,7 +131,8 @@ def test_an_example_that_does_not_fit_is_named() -> None:
 
 def test_tasks_in_turn(tokenizer: Tokenizer) -> None:
     source = TaskSource(("addition", "sort"), tokenizer, 3)
-    texts = [tokenizer.decode(source.pair(index)[1]) for index in range(4)]
+    samples = [source.sample(index) for index in range(4)]
+    texts = [tokenizer.decode(np.asarray(sample.tokens)[sample.is_answer]) for sample in samples]
     assert all("+" in text for text in texts[::2])
     assert all(": " in text and "+" not in text for text in texts[1::2])
     with pytest.raises(ValueError, match="task: got 'cooking'"):

@@ -20,13 +20,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from djax.text import Tokenizer
 from djax.train import tasks
+from djax.train.bundled.tokenizer import write_tokenizer
 from djax.train.tasks import MARKER, SPLITS, TASKS, Example, Split, Task, examples, held_out_set, split_of
 from djax.train.tasks.records import CITIES, ITEMS, NAMES
 
 COUNT = 300
-HELD_OUT = (106, 145)
-"""The n from 100 to 199 for which "Add 123 and n." is held out: a change would let old training prompts into tests."""
+HELD_OUT = (1036, 1057, 1069)
+"""The n from 1001 to 1099 for which "Add 1234 and n." is held out: a change would let training prompts into tests."""
 
 each_task = pytest.mark.parametrize("name", TASKS)
 
@@ -127,7 +129,9 @@ def test_expression_steps_keep_the_value() -> None:
         assert len(steps_of(example)) == len(re.findall("[-+*]", before))
         for step in steps_of(example):
             operation, result, after = re.fullmatch(r"(.+)=([0-9]+): (.+)", step).groups()
-            assert evaluate(operation) == int(result), example
+            assert evaluate(operation) == int(result) <= 50, example
+            left, sign, right = re.fullmatch(r"\(?([0-9]+)([-+*])([0-9]+)\)?", operation).groups()
+            assert (max if sign == "*" else min)(int(left), int(right)) <= 9, "a fact to know by heart"
             assert operation in before
             assert evaluate(after) == value, example
             before = after
@@ -207,15 +211,16 @@ def test_any_insertion_is_wrong_and_raises_nothing(junk: str, name: str, place: 
 
 
 @pytest.mark.parametrize(("name", "prompt"), [
-    ("addition", "Add 12 and 345."), ("addition", "Add 0123 and 345."), ("addition", "Add 1234567 and 345."),
-    ("addition", "Add 123 and 345"), ("addition", "Add 123 and 345.\n"), ("addition", "Add ١٢٣ and 345."),
+    ("addition", "Add 123 and 3456."), ("addition", "Add 01234 and 3456."), ("addition", "Add 1234567 and 3456."),
+    ("addition", "Add 1234 and 3456"), ("addition", "Add 1234 and 3456.\n"), ("addition", "Add ١٢٣٤ and 3456."),
     ("sort", "Sort these numbers: 1 2 3"), ("sort", "Sort these numbers: 1 2 3 100"),
     ("sort", "Sort these numbers: 1 2 3 04"), ("sort", "Sort these numbers: 1 2  3 4"),
     ("unique_sum", "Add each different number once: 1 2 3 4 1 2"), ("unique_sum", "Sort these numbers: 1 2 3 4"),
     ("unique_sum", "Add each different number once: 1 2 3 1 2 3 1"),
     ("expression", "Evaluate 1+2."), ("expression", "Evaluate 1-2+3+4+5."), ("expression", "Evaluate 2*5*4+5+1."),
     ("expression", "Evaluate 1+2+(3+4+5)."), ("expression", "Evaluate 1+2+3+4+5+6+7."),
-    ("expression", "Evaluate 1+2+3+4+__import__."), ("expression", "Evaluate 9*9+9+9+9."),
+    ("expression", "Evaluate 1+2+3+4+__import__."), ("expression", "Evaluate 7*8-9-9-9."),
+    ("expression", "Evaluate 2*6+3*4+1."),
     ("record", "Write the record: Bo, 34, from Oslo buys 3 pens at 4 euros each."),
     ("record", "Write the record: Ada, 17, from Oslo buys 3 pens at 4 euros each."),
     *((name, prompt) for name in TASKS for prompt in ("", "Hello", "Add {first} and {second}.")),
@@ -248,9 +253,9 @@ def test_one_prompt_in_twenty_is_held_out() -> None:
 
 
 def test_the_split_of_a_prompt_is_for_good() -> None:
-    prompts = [f"Add 123 and {number}." for number in range(100, 200)]
+    prompts = [f"Add 1234 and {number}." for number in range(1001, 1100)]
     held_out = [prompt for prompt in prompts if split_of(prompt) == "held_out"]
-    assert held_out == [f"Add 123 and {number}." for number in HELD_OUT]
+    assert held_out == [f"Add 1234 and {number}." for number in HELD_OUT]
 
 
 @pytest.mark.parametrize("name", [*TASKS, None])
@@ -287,12 +292,12 @@ def test_held_out_sets_are_distinct_and_held_out(name: str | None) -> None:
 
 
 def test_too_few_held_out_prompts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = [f"Add 123 and {number}." for number in range(100, 200)]
+    prompts = [f"Add 1234 and {number}." for number in range(1001, 1100)]
     few = Task("few", lambda rng: str(rng.choice(prompts)), TASKS["addition"].solve)
     never = Task("never", lambda rng: prompts[0], TASKS["addition"].solve)
     monkeypatch.setattr(tasks, "TASKS", {"few": few, "never": never})
     assert {example.prompt for example in held_out_set("few", len(HELD_OUT))} == {
-        f"Add 123 and {number}." for number in HELD_OUT}
+        f"Add 1234 and {number}." for number in HELD_OUT}
     with pytest.raises(ValueError, match=f"count: got 20; task 'few' gave {len(HELD_OUT)} distinct .* ask for fewer"):
         held_out_set("few", 20)
     with pytest.raises(ValueError, match="split: got 'held_out'; task 'never' drew none of it"):
@@ -321,24 +326,15 @@ def test_held_out_set_refuses_wrong_arguments() -> None:
 # --- sizes ---
 
 
-def test_lengths_in_tokens() -> None:
-    """With a small byte-level BPE whose digits are tokens of their own, as a tiny model would have."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
+def test_lengths_in_tokens(tmp_path: Path) -> None:
+    """With the bundled model's tokenizer: answers long enough for parallel decoding to matter."""
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
     sample = list(itertools.islice(examples(None, split="train", seed=6), 3000))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        [text for example in sample for text in (example.prompt, example.answer)],
-        trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     for name in TASKS:
         of_task = [example for example in sample if example.task == name]
-        answers, prompts = ([len(tokenizer.encode(text).ids) for text in texts] for texts in (
+        answers, prompts = ([len(tokenizer.encode(text)) for text in texts] for texts in (
             [example.answer for example in of_task], [example.prompt for example in of_task]))
-        for what, counts in (("answer", answers), ("prompt", prompts)):
-            print(f"{name} {what}: {min(counts)}/{int(np.median(counts))}/{max(counts)}")
         assert 32 <= min(answers) <= max(answers) <= 160, name
         assert max(prompts) <= 60, name
 

@@ -1,12 +1,13 @@
-"""Addition of two numbers of 3 to 6 digits, digit by digit from the right.
+"""Addition of two numbers of 4 to 6 digits, digit by digit from the right.
 
-    Add 4827 and 963.
+    Add 4827 and 10963.
 
     7+3+0=10
     2+6+1=09
     8+9+0=17
     4+0+1=05
-    answer: 5790
+    0+1+0=01
+    answer: 15790
 
 A step is digit + digit + carry = new carry and digit of the sum; the shorter number counts as led by zeros.
 """
@@ -17,7 +18,7 @@ import numpy as np
 
 from djax.train.tasks.base import Phrasings, Task, worked
 
-MIN_DIGITS, MAX_DIGITS = 3, 6
+MIN_DIGITS, MAX_DIGITS = 4, 6
 
 _NUMBER = rf"[1-9][0-9]{{{MIN_DIGITS - 1},{MAX_DIGITS - 1}}}"
 _PHRASINGS = Phrasings(

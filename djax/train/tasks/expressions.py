@@ -9,8 +9,8 @@
     answer: 10
 
 A step is the next operation, its value, and the expression with the value in the operation's place. Parentheses go
-first, then products, then sums and differences, each from the left. Values stay within 0 and 99, and only digits are
-multiplied, so that each operation is one that a small model can know by heart.
+first, then products, then sums and differences, each from the left. Values stay within 0 and 50, one operand at least
+is a digit and both of a product are, so that each operation is one that a small model can know by heart.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from djax.train.tasks.base import Phrasings, Task, worked
 OPERANDS = (5, 6)
 """Least and most digits of an expression, each 1 to 9."""
 
-MAX_VALUE = 99
+MAX_VALUE = 50
 
 _FACTOR = r"(?:[1-9]|\([1-9][-+][1-9]\))"
 _PHRASINGS = Phrasings(
@@ -37,7 +37,7 @@ _ORDER = tuple(re.compile(pattern) for pattern in (
 
 
 def _draw(rng: np.random.Generator) -> str:
-    # One in three keeps its values within bounds.
+    # One in several keeps its values within bounds.
     while _steps(expression := _draw_expression(rng)) is None:
         pass
     return _PHRASINGS.fill(rng, {"expression": expression})
@@ -56,14 +56,21 @@ def _draw_expression(rng: np.random.Generator) -> str:
     return text
 
 
+def operate(left: int, sign: str, right: int) -> int | None:
+    """The value of an operation, None if it is out of bounds."""
+    value = _OPERATIONS[sign](left, right)
+    digits = (left <= 9) + (right <= 9)
+    return value if 0 <= value <= MAX_VALUE and digits >= (2 if sign == "*" else 1) else None
+
+
 def _steps(expression: str) -> list[str] | None:
     """The steps down to one number, or None if a value leaves its bounds on the way."""
     steps = []
     while not expression.isdigit():
         found = next(found for pattern in _ORDER if (found := pattern.search(expression)))
         left, sign, right = int(found[1]), found[2], int(found[3])
-        value = _OPERATIONS[sign](left, right)
-        if not 0 <= value <= MAX_VALUE or (sign == "*" and max(left, right) > 9):
+        value = operate(left, sign, right)
+        if value is None:
             return None
         expression = f"{expression[:found.start()]}{value}{expression[found.end():]}"
         steps.append(f"{left}{sign}{right}={value}: {expression}")

@@ -1,0 +1,1 @@
+"""The model that comes with djax, from nothing: `python -m djax.train.bundled DIRECTORY`."""
