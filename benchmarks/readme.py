@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import quality_report
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks: python -m benchmarks.readme -->", "<!-- end of benchmarks -->"
@@ -60,9 +62,15 @@ def load_section(record: dict[str, Any]) -> str:
         "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
+def quality_section(record: dict[str, Any]) -> str:
+    """Accuracy and forwards of every recipe on the bundled model."""
+    text, _, _ = quality_report.markdown(record).partition("\n\nExact match in percent / TPF by task:")
+    return text + "\n\n![Exact match against tokens per forward](benchmarks/results/quality.png)"
+
+
 def section() -> str:
     """The whole section, from every result that is there."""
-    writers = {"decode.json": decode_section, "load.json": load_section}
+    writers = {"quality.json": quality_section, "decode.json": decode_section, "load.json": load_section}
     texts = [write(json.loads((RESULTS / name).read_text())) for name, write in writers.items()
              if (RESULTS / name).exists()]
     return "\n\n".join([BEGIN, *texts, END])
