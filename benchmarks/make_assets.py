@@ -18,31 +18,14 @@ import numpy as np
 from safetensors.numpy import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from djax.train.bundled import recipe
+from djax.train.bundled.tokenizer import CHAT_TEMPLATE, EOS, MASK, SPECIAL_TOKENS, tokenizer_config
+
 SEED = 20251008
 VOCAB_SIZE = 512
 """Rows of the embedding and of the head: padded past the tokenizer's length, as in the real model."""
 TOKENIZER_SIZE = 480
 HIDDEN, LAYERS, HEADS, HEAD_DIM, EXPERTS, EXPERTS_PER_TOKEN, EXPERT_SIZE = 64, 2, 4, 16, 8, 2, 32
-
-SPECIAL_TOKENS = (
-    "<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]", "<|mask|>", "<|reserved_token_1|>",
-    "<|reserved_token_2|>", "<role>", "</role>", "<|role_end|>", "<think>", "</think>",
-)
-EOS, MASK = "<|endoftext|>", "<|mask|>"
-
-CHAT_TEMPLATE = (
-    "{{- '<role>SYSTEM</role>' }}"
-    "{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] + '\\n' }}{%- endif %}"
-    "{{- 'detailed thinking off<|role_end|>' }}"
-    "{%- for message in messages %}"
-    "{%- if message['role'] == 'user' %}"
-    "{{- '<role>HUMAN</role>' + message['content'] + '<|role_end|>' }}"
-    "{%- elif message['role'] == 'assistant' %}"
-    "{{- '<role>ASSISTANT</role>' + message['content'] + '<|role_end|>' }}"
-    "{%- endif %}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<role>ASSISTANT</role>' }}{%- endif %}"
-)
 
 CORPUS = """
 Diffusion language models write a whole block of tokens at once. They start from masks and, step by step,
@@ -82,20 +65,11 @@ def config() -> dict[str, object]:
     """config.json: LLaDA-MoE's fields, and the mask id, which the real file leaves to the architecture."""
     eos = TOKENIZER_SIZE - len(SPECIAL_TOKENS) + SPECIAL_TOKENS.index(EOS)
     mask = TOKENIZER_SIZE - len(SPECIAL_TOKENS) + SPECIAL_TOKENS.index(MASK)
-    return {
-        "architectures": ["LLaDAMoEModelLM"], "attention_bias": False, "attention_dropout": 0.0,
-        "clip_qkv": None, "dense_intermediate_size": 256, "eos_token_id": eos,
-        "expert_intermediate_size": EXPERT_SIZE, "hidden_act": "silu", "hidden_size": HIDDEN,
-        "initializer_range": 0.02, "mask_token_id": mask, "max_position_embeddings": 8192,
-        "model_type": "llada", "moe_layer_freq": [1] * LAYERS, "moe_router_enable_expert_bias": False,
-        "moe_router_score_function": "softmax", "norm_topk_prob": None, "num_attention_heads": HEADS,
+    return recipe.config_fields() | {
+        "dense_intermediate_size": 256, "eos_token_id": eos, "expert_intermediate_size": EXPERT_SIZE,
+        "hidden_size": HIDDEN, "mask_token_id": mask, "moe_layer_freq": [1] * LAYERS, "num_attention_heads": HEADS,
         "num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN, "num_hidden_layers": LAYERS,
-        "num_key_value_heads": HEADS, "output_router_logits": False, "pad_token_id": eos,
-        "partial_rotary_factor": 1, "qk_layernorm": True, "rms_norm_eps": 1e-05, "rope_scaling": None,
-        "rope_theta": 50000, "routed_scaling_factor": 1, "router_aux_loss_coef": 0.01,
-        "router_num_group": None, "router_topk_group": None, "shared_expert_intermediate_size": None,
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": False,
-        "vocab_size": VOCAB_SIZE,
+        "num_key_value_heads": HEADS, "pad_token_id": eos, "vocab_size": VOCAB_SIZE,
     }
 
 
@@ -153,16 +127,6 @@ def tokenizer() -> Tokenizer:
     if result.get_vocab_size() != TOKENIZER_SIZE:
         raise ValueError(f"tokenizer: got {result.get_vocab_size()} ids; it must have {TOKENIZER_SIZE}")
     return result
-
-
-def tokenizer_config() -> dict[str, object]:
-    """tokenizer_config.json, without code and without a template of its own (chat_template.jinja has it)."""
-    return {
-        "add_bos_token": False, "add_eos_token": False, "bos_token": "<|startoftext|>",
-        "clean_up_tokenization_spaces": False, "cls_token": "[CLS]", "eos_token": EOS,
-        "gmask_token": "[gMASK]", "mask_token": MASK, "model_max_length": 8192, "pad_token": EOS,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
 
 
 def build(directory: Path) -> None:

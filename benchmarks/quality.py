@@ -82,7 +82,7 @@ class Outcome:
 
 def decode(lm: djax.DiffusionLM, case: Case, examples: Sequence[tasks.Example]) -> Outcome:
     """One batch; compiled beforehand, so the time is the decoding's."""
-    prompts: list[Any] = [[{"role": "user", "content": example.prompt}] for example in examples]
+    prompts: list[Any] = [example.messages for example in examples]
     start = time.perf_counter()
     got = lm.generate(prompts, recipe=case.build(), max_new_tokens=MAX_NEW_TOKENS, block_length=BLOCK_LENGTH)
     seconds = time.perf_counter() - start

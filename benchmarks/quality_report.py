@@ -32,27 +32,36 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """What was measured and where, then the table, then each task's accuracy."""
-    rows, settings = record["rows"], record["settings"]
+    """The summary, then each task's accuracy."""
+    return "\n".join([summary(record), "", *_by_task(record["rows"]), ""])
+
+
+def _by_task(rows: list[dict[str, Any]]) -> list[str]:
     tasks = sorted(rows[0]["tasks"]) if rows else []
-    lines = [f"| {' | '.join(HEAD)} |", "|---|---|---" + "|--:" * (len(HEAD) - 3) + "|",
-             *(f"| {' | '.join(_cells(row))} |" for row in rows)]
-    per_task = [f"| checkpoint, recipe, cache | {' | '.join(tasks)} |", "|---" + "|--:" * len(tasks) + "|"]
+    lines = ["Exact match in percent / TPF by task:", "", f"| checkpoint, recipe, cache | {' | '.join(tasks)} |",
+             "|---" + "|--:" * len(tasks) + "|"]
     for row in rows:
         shares = (f"{row['tasks'][task]['accuracy']:.1f} / {row['tasks'][task]['tokens_per_forward']:.2f}"
                   for task in tasks)
         name = f"{row['checkpoint']}, {row['recipe']}, {'yes' if row['cache'] else 'no'}"
-        per_task.append(f"| {name} | {' | '.join(shares)} |")
-    prompts = rows[0]["prompts"] if rows else 0
+        lines.append(f"| {name} | {' | '.join(shares)} |")
+    return lines
+
+
+def summary(record: dict[str, Any]) -> str:
+    """What was measured and where, and the table."""
+    rows, settings = record["rows"], record["settings"]
+    lines = [f"| {' | '.join(HEAD)} |", "|---|---|---" + "|--:" * (len(HEAD) - 3) + "|",
+             *(f"| {' | '.join(_cells(row))} |" for row in rows)]
+    prompts, tasks = (rows[0]["prompts"], len(rows[0]["tasks"])) if rows else (0, 0)
     return "\n".join([
-        f"The bundled model on {prompts} held-out prompts of {len(tasks)} tasks, {settings['max_new_tokens']} open "
+        f"The bundled model on {prompts} held-out prompts of {tasks} tasks, {settings['max_new_tokens']} open "
         f"positions in blocks of {settings['block_length']}, batches of {settings['batch']}, greedy, "
         f"{settings['dtype']} on CPU (`{record['command']}`; {record['hardware']['cpu']}, "
         f"{record['hardware']['cores']} cores; jax {record['versions']['jax']}; commit "
         f"{(record['commit'] or 'unknown')[:10]}). Exact match is of the whole worked answer, the mean over tasks with "
         "its standard error; the difference to the reference (base, one token a step, no cache) is paired. The "
-        "speed-up is the median over batches, each timed beside the reference's, with its range.", "", *lines, "",
-        "Exact match in percent / TPF by task:", "", *per_task, ""])
+        "speed-up is the median over batches, each timed beside the reference's, with its range.", "", *lines])
 
 
 def plot(record: dict[str, Any], *paths: Path) -> None:

@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 from convert.atomic import as_destination_error, atomic_directory, require_space
 from convert.errors import CheckpointError, SourceError, TensorShapeError, shorten
 from convert.files import read_json, sha256
-from convert.hf_config import CONFIG_NAME, hf_fields, model_config
-from convert.source import copy_text_files
+from convert.hf_config import hf_fields, model_config
+from convert.source import write_text_files
 from djax.config import DTYPES, ModelConfig
 from djax.models import abstract_params, logical_axes
 from djax.sharding import Rules, named_leaves, shardings
@@ -112,9 +112,7 @@ def save(
                     temporary / PARAMS_NAME, ocp.args.PyTreeSave(_nested(leaves), save_args=_nested(chunked)))
         except Exception as error:  # Orbax and TensorStore raise several kinds for a failed write
             raise as_destination_error(error, target) from error
-        copy_text_files(text_files, temporary)
-        if not (temporary / CONFIG_NAME).exists():
-            (temporary / CONFIG_NAME).write_text(json.dumps(hf_fields(config), indent=2) + "\n")
+        write_text_files(temporary, config, source=text_files)
         manifest = {
             "format": _FORMAT,
             "version": _VERSION,

@@ -13,11 +13,11 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from convert.atomic import atomic_directory, require_space
-from convert.hf_config import CONFIG_NAME, hf_fields
+from convert.hf_config import CONFIG_NAME
 from convert.load import table_of
 from convert.mapping import Table, published_keys
 from convert.safetensors_io import INDEX_NAME, SINGLE_NAME
-from convert.source import copy_text_files
+from convert.source import write_text_files
 from djax.config import ModelConfig
 from djax.sharding import named_leaves
 
@@ -55,7 +55,7 @@ def export(
     leaves = named_leaves(params)
     with atomic_directory(target, overwrite=overwrite, marker=CONFIG_NAME) as temporary:
         require_space(target, sum(leaf.nbytes for leaf in leaves.values()))
-        groups = list(_groups(table_of(config), leaves, largest_file))
+        groups = list(_groups(table_of(config, file=target), leaves, largest_file))
         names = [SINGLE_NAME] if len(groups) == 1 else [
             f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
         for name, group in zip(names, groups, strict=True):
@@ -65,9 +65,7 @@ def export(
             index = {"metadata": {"total_size": sum(leaf.nbytes for leaf in leaves.values())},
                      "weight_map": {key: name for name, group in zip(names, groups, strict=True) for key in group}}
             (temporary / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
-        copy_text_files(text_files, temporary)
-        if not (temporary / CONFIG_NAME).exists():
-            (temporary / CONFIG_NAME).write_text(json.dumps(hf_fields(config), indent=2) + "\n")
+        write_text_files(temporary, config, source=text_files)
     return target
 
 

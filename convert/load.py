@@ -27,10 +27,10 @@ from djax.sharding import LogicalAxes, Rules, named_leaves, shardings
 _TABLES: dict[type, Table] = {LladaMoeConfig: llada_moe.TABLE}
 
 
-def table_of(config: ModelConfig) -> Table:
-    """How a configuration's checkpoints map to its parameters. Raises ConfigError if there is no table."""
+def table_of(config: ModelConfig, *, file: Path) -> Table:
+    """How a configuration's checkpoints map to its parameters. Raises ConfigError, naming `file`, without a table."""
     if type(config) not in _TABLES:
-        raise ConfigError(f"there is no conversion table for a {type(config).__name__}", key="architecture")
+        raise ConfigError(f"there is no conversion table for a {type(config).__name__}", file=file)
     return _TABLES[type(config)]
 
 
@@ -116,8 +116,7 @@ def open_huggingface(
     given = config
     if config is None:
         config = read_config(directory)
-    if type(config) not in _TABLES:
-        raise ConfigError(f"there is no conversion table for a {type(config).__name__}", file=directory)
+    table = table_of(config, file=directory)
     with SafetensorsReader(directory) as reader:
         # Every layer has keys of its own: checked first, so that a wrong count costs no memory.
         if config.num_layers > len(reader.tensors):
@@ -128,7 +127,7 @@ def open_huggingface(
         config = dataclasses.replace(config, dtype=chosen)
         abstract = abstract_params(config)
         shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
-        mapped = plan(_TABLES[type(config)], reader.tensors, shapes, source=directory)
+        mapped = plan(table, reader.tensors, shapes, source=directory)
         yield HuggingFaceCheckpoint(
             directory=directory, config=config, reader=reader, abstract=abstract, shapes=shapes, plan=mapped)
 

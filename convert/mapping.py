@@ -7,7 +7,6 @@ holds and checks that every element of every tensor is used once and every param
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,16 +113,21 @@ def published_keys(
     """(key, index, shape) of the tensors that hold a parameter in a table's first layout.
 
     `index` is the one of the parameter's first axis that the tensor holds; None where it holds all of it.
+
+    Raises MissingKeyError if the table has no rule for it.
     """
-    rule = next(rule for rule in table.rules if _pattern(rule.leaf).fullmatch(leaf))
-    match = _pattern(rule.leaf).fullmatch(leaf)
-    numbers = match.groupdict() if match else {}
-    key = rule.key.replace("{layer}", numbers.get("layer") or "")
-    if "{expert}" not in key:
-        yield key, None, _stored_shape(rule, shape)
+    for rule in table.rules:
+        match = _pattern(rule.leaf).fullmatch(leaf)
+        if match is None:
+            continue
+        key = rule.key.replace("{layer}", match.groupdict().get("layer") or "")
+        if "{expert}" not in key:
+            yield key, None, _stored_shape(rule, shape)
+            return
+        for index in range(shape[0]):
+            yield key.replace("{expert}", str(index)), index, _stored_shape(rule, shape[1:])
         return
-    for index in range(shape[0]):
-        yield key.replace("{expert}", str(index)), index, _stored_shape(rule, shape[1:])
+    raise MissingKeyError("missing: a rule that fills this parameter", key=leaf)
 
 
 class _Matcher:
@@ -165,18 +169,9 @@ def _check_tensor(rule: Rule, key: str, tensor: Tensor, shape: tuple[int, ...]) 
 
 def _expected_keys(table: Table, leaf: str, shape: tuple[int, ...], filled: Sequence[Piece]) -> tuple[list[str], int]:
     """The first keys that would complete a parameter, and how many there are in all."""
-    for rule in table.rules:
-        match = _pattern(rule.leaf).fullmatch(leaf)
-        if match is None:
-            continue
-        layer = match.groupdict().get("layer") or ""
-        key = rule.key.replace("{layer}", layer)
-        if "{expert}" not in key:
-            return [key], 1
-        have = {piece.index for piece in filled}
-        absent = (key.replace("{expert}", str(index)) for index in range(shape[0]) if index not in have)
-        return list(itertools.islice(absent, 4)), shape[0] - len(have)
-    return [f"(a rule for the parameter {leaf})"], 1
+    have = {piece.index for piece in filled}
+    absent = [key for key, index, _ in published_keys(table, leaf, shape) if index not in have]
+    return absent[:4], len(absent)
 
 
 def _check_filled(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
 
 from convert.errors import SourceError
+from convert.hf_config import CONFIG_NAME, hf_fields
+from djax.config import ModelConfig
 
 TEXT_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "chat_template.jinja", "generation_config.json",
 )
 """Files that belong to a tokenizer. They are data; code and pickles are never fetched, copied or opened."""
-_HUB_FILES = ("*.safetensors", "config.json", "model.safetensors.index.json", *TEXT_FILES)
+_HUB_FILES = ("*.safetensors", CONFIG_NAME, "model.safetensors.index.json", *TEXT_FILES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
 
@@ -48,10 +51,11 @@ def resolve_source(source: str | os.PathLike[str]) -> Path:
     return _download(text)
 
 
-def copy_text_files(source: Path | None, destination: Path) -> None:
-    """Copy config.json and the tokenizer's files, those that are there."""
-    if source is None:
-        return
-    for name in ("config.json", *TEXT_FILES):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+def write_text_files(destination: Path, config: ModelConfig, *, source: Path | None) -> None:
+    """Copy config.json and the tokenizer's files from `source`, those that are there; else config.json of `config`."""
+    if source is not None:
+        for name in (CONFIG_NAME, *TEXT_FILES):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, destination / name)
+    if not (destination / CONFIG_NAME).exists():
+        (destination / CONFIG_NAME).write_text(json.dumps(hf_fields(config), indent=2) + "\n")

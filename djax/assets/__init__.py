@@ -1,6 +1,6 @@
-"""The bundled model, a small LLaDA-MoE that learned the tasks of `djax.train.tasks`.
+"""The bundled tiny model: config.json, model.safetensors, tokenizer.json and its chat template.
 
-`python -m djax.train.bundled` makes every file here; it is read through the same path as any checkpoint.
+`benchmarks/make_assets.py` writes every file here; it is read through the same path as any checkpoint.
 """
 
 from __future__ import annotations

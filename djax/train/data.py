@@ -82,7 +82,7 @@ class TaskSource:
         """Example `index` of the mix."""
         name = self.names[index % len(self.names)]
         example = next(tasks.examples(name, split="train", seed=self.seed, start=index))
-        return prompted(encode_pair([{"role": "user", "content": example.prompt}], example.answer, self.tokenizer))
+        return prompted(encode_pair(example.messages, example.answer, self.tokenizer))
 
 
 def encode_pair(prompt: str | Sequence[Mapping[str, str]], answer: str, tokenizer: Tokenizer) -> Pair:

@@ -14,8 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from convert.hf_config import read_config
-from convert.huggingface import export
+from convert import export, read_config
 from djax import assets
 from djax.api import DiffusionLM, load
 from djax.config import ModelConfig
@@ -94,7 +93,7 @@ def sample(
     for start in range(0, prompts, _ROWS):
         examples = list(itertools.islice(stream, min(_ROWS, prompts - start)))
         generation = lm.generate(
-            [[{"role": "user", "content": example.prompt}] for example in examples], recipe=recipe.sampling_recipe(),
+            [example.messages for example in examples], recipe=recipe.sampling_recipe(),
             max_new_tokens=recipe.ANSWER_LENGTH, block_length=recipe.BLOCK_LENGTH)
         yield kept(generation, [
             accept(example, answer) for example, answer in zip(examples, generation.text or (), strict=True)])

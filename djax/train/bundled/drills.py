@@ -10,6 +10,7 @@ nothing but masks from some place on: facts that were only met by themselves are
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -68,10 +69,10 @@ class DrillSource:
         prompt: list[int] = []
         if rng.integers(2):
             example = next(tasks.examples(None, split="train", seed=self.seed, start=index))
-            prompt = self.tokenizer.apply_chat([{"role": "user", "content": example.prompt}])
+            prompt = self.tokenizer.apply_chat(example.messages)
         if rng.integers(2):
-            ends = [place + 1 for place in range(len(tokens)) if is_answer[place] and not any(
-                is_answer[place + 1 : place + 2])]
+            ends = [place for place, (here, after) in enumerate(itertools.pairwise([*is_answer, False]), start=1)
+                    if here and not after]
             end = ends[int(rng.integers(len(ends)))]
             tokens[end:] = [self.mask_id] * (len(tokens) - end)
             is_answer[end:] = [False] * (len(tokens) - end)

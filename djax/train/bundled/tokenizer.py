@@ -75,13 +75,16 @@ def build_tokenizer() -> Tokenizer:
 def write_tokenizer(directory: Path) -> None:
     """tokenizer.json, tokenizer_config.json and chat_template.jinja."""
     (directory / "tokenizer.json").write_text(build_tokenizer().to_str(pretty=True) + "\n", encoding="utf-8")
-    # without code and without a template of its own: chat_template.jinja has it
-    fields = {
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer_config(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def tokenizer_config() -> dict[str, object]:
+    """tokenizer_config.json, without code and without a template of its own (chat_template.jinja has it)."""
+    return {
         "add_bos_token": False, "add_eos_token": False, "bos_token": "<|startoftext|>",
         "clean_up_tokenization_spaces": False, "cls_token": "[CLS]", "eos_token": EOS,
         "gmask_token": "[gMASK]", "mask_token": MASK, "model_max_length": 8192, "pad_token": EOS,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps(fields, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")

@@ -33,6 +33,11 @@ class Example:
     prompt: str
     answer: str
 
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The prompt as a conversation, which the chat template takes."""
+        return [{"role": "user", "content": self.prompt}]
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
