@@ -68,11 +68,12 @@ def attend(
     key: Float[Array, "B T G K"],
     value: Float[Array, "B T G K"],
     *,
-    key_mask: Bool[Array, "B T"],
+    key_mask: Bool[Array, "B T"] | Bool[Array, "B W T"],
 ) -> Float[Array, "B W H K"]:
     """Bidirectional attention with H / G query heads to each key/value head; scores and softmax in float32.
 
-    Keys outside `key_mask` get no weight at all; a row without any key attends to nothing and gives zeros.
+    Keys outside `key_mask` get no weight at all; a row without any key attends to nothing and gives zeros. The mask is
+    that of all queries, or one for each.
     """
     batch, window, heads, width = query.shape
     groups = key.shape[2]
@@ -81,13 +82,15 @@ def attend(
     query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
     query = query.reshape(batch, groups, heads // groups * window, width)
     scores = contract("bgqk,bgtk->bgqt", query, key, dtype=jnp.float32) * width**-0.5
-    weight = _masked_softmax(scores, key_mask[:, None, None, :]).astype(value.dtype)
+    mask = key_mask[:, None, None, :] if key_mask.ndim == 2 else jnp.tile(
+        key_mask[:, None], (1, 1, heads // groups, 1))
+    weight = _masked_softmax(scores, mask).astype(value.dtype)
     mixed = contract("bgqt,bgtk->bgqk", weight, value)
     return jnp.swapaxes(mixed.reshape(batch, heads, window, width), 1, 2)
 
 
 @jax.custom_vjp
-def _masked_softmax(scores: Float[Array, "B G Q T"], mask: Bool[Array, "B 1 1 T"]) -> Float[Array, "B G Q T"]:
+def _masked_softmax(scores: Float[Array, "B G Q T"], mask: Bool[Array, "B 1 #Q T"]) -> Float[Array, "B G Q T"]:
     """Softmax over the keys in `mask`; zeros in a row without any. Written out with its gradient, because autodiff
     would go over the scores, the largest array here, several times more."""
     # a finite floor, then zero weights: -inf everywhere would be NaN

@@ -209,11 +209,13 @@ class LladaMoe(nnx.Module):
         return rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps)
 
     def hidden_and_router(
-        self, tokens: Int[Array, "B T"], *, positions: Int[Array, "B T"], key_mask: Bool[Array, "B T"], remat: bool
+        self, tokens: Int[Array, "B T"], *, positions: Int[Array, "B T"],
+        key_mask: Bool[Array, "B T"] | Bool[Array, "B T T"], remat: bool,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "N B T E"]]:
         """For training: hidden states of whole canvases after the final norm, and every layer's router logits.
 
-        With `remat` a layer's activations are computed again in the backward pass instead of being kept.
+        `key_mask` says which positions are seen, by all or by each (see `attend`). With `remat` a layer's activations
+        are computed again in the backward pass instead of being kept.
         """
         rotation = self.rotation(positions)
 

@@ -1,4 +1,4 @@
-"""Training: the masked-diffusion loss, a resumable loop on optax and Orbax, and tasks that can be verified.
+"""Training: losses of masked and block diffusion, a resumable loop on optax and Orbax, and tasks that can be verified.
 
 Names are imported on first use: `djax.train.tasks` needs no jax.
 """
@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from djax.train.block import BlockBatch, block_diffusion_loss, with_places
     from djax.train.checkpoints import Checkpoints
     from djax.train.config import TrainConfig, make_optimizer, read_config
     from djax.train.loop import Schedule, fit
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
     from djax.train.step import Report, TrainState, init_state, make_step
 
 __all__ = [
-    "Batch", "Checkpoints", "LossWeights", "Losses", "Report", "Schedule", "TrainConfig", "TrainState", "fit",
-    "init_state", "make_optimizer", "make_step", "masked_diffusion_loss", "read_config", "row_losses", "sample_masks",
+    "Batch", "BlockBatch", "Checkpoints", "LossWeights", "Losses", "Report", "Schedule", "TrainConfig", "TrainState",
+    "block_diffusion_loss", "fit", "init_state", "make_optimizer", "make_step", "masked_diffusion_loss", "read_config",
+    "row_losses", "sample_masks", "with_places",
 ]
 
 _HOME = {
+    "BlockBatch": "block", "block_diffusion_loss": "block", "with_places": "block",
     "Checkpoints": "checkpoints", "TrainConfig": "config", "make_optimizer": "config", "read_config": "config",
     "Schedule": "loop", "fit": "loop", "Report": "step", "TrainState": "step", "init_state": "step",
     "make_step": "step",

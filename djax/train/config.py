@@ -19,6 +19,7 @@ import optax
 from djax.config import DTYPES
 
 OPTIMIZERS = ("adamw", "adam", "lion", "sgd", "adafactor", "muon")
+OBJECTIVES = ("masked", "block")
 SCHEDULES = ("constant", "linear", "cosine", "trapezoid")
 _OWN_OPTIONS = ("learning_rate", "weight_decay", "mask", "weight_decay_mask", "muon_weight_dimension_numbers")
 """What no `optimizer.options` may hold: there is a field for it, or it follows from the model."""
@@ -119,6 +120,9 @@ class TrainingSection:
     """Directory of the run: checkpoints, metrics, the trained model; relative to the configuration file."""
     steps: int
     batch_size: int
+    objective: str = "masked"
+    """The loss: "masked", with all of a row in sight but what is masked, as bidirectional models are used; or "block",
+    which learns all of an answer in every pass, each block of it from what is before it (see `djax.train.block`)."""
     accumulate: int = 1
     seed: int = 0
     log_every: int = 10
@@ -134,6 +138,7 @@ class TrainingSection:
     """Weight of the router's z-loss."""
 
     def __post_init__(self) -> None:
+        _one_of("training", "objective", self.objective, OBJECTIVES)
         _one_of("training", "compute_dtype", self.compute_dtype, DTYPES)
         _at_least("training", {name: (getattr(self, name), 1) for name in (
             "steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "vocab_chunk")})

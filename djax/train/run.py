@@ -18,6 +18,7 @@ from djax.config import ModelConfig
 from djax.models import build, logical_axes
 from djax.sharding import shardings
 from djax.text import Tokenizer
+from djax.train.block import block_diffusion_loss, with_places
 from djax.train.config import MeshSection, TrainConfig, make_optimizer
 from djax.train.data import FixedSource, Source, TaskSource, batcher, read_jsonl
 from djax.train.loop import Metrics, Schedule, fit
@@ -28,7 +29,7 @@ from djax.types import Params
 
 def train(
     params: Params, model: ModelConfig, config: TrainConfig, batches: Callable[[int], Batch], *,
-    mesh: Mesh | None = None, objective: Objective = masked_diffusion_loss,
+    mesh: Mesh | None = None, objective: Objective | None = None,
 ) -> dict[str, Any]:
     """Train from `params` as a configuration says, or go on where its output stopped.
 
@@ -39,7 +40,7 @@ def train(
         config: the run.
         batches: the batch of update n, as from `batcher`.
         mesh: devices to train on; its axes are those of `make_mesh`.
-        objective: the loss, as in `make_step`.
+        objective: the loss, as in `make_step`; None is the configuration's.
 
     Returns:
         The trained parameters, float32, as a pure dict.
@@ -61,7 +62,7 @@ def train(
         nnx.split(build(model))[0], optimizer, mask_id=model.mask_id,
         weights=LossWeights(balance=training.balance, router_z=training.router_z), accumulate=training.accumulate,
         remat=training.remat, vocab_chunk=training.vocab_chunk, compute_dtype=training.compute_dtype or model.dtype,
-        objective=objective)
+        objective=objective or (block_diffusion_loss if training.objective == "block" else masked_diffusion_loss))
     with _progress(training.steps) as report:
         try:
             state = fit(
@@ -84,9 +85,10 @@ def make_source(config: TrainConfig, tokenizer: Tokenizer) -> Source:
 def make_batches(config: TrainConfig, source: Source, *, eos_id: int) -> Callable[[int], Batch]:
     """The batches of a configuration, of any examples."""
     data, training = config.data, config.training
-    return batcher(
+    batches = batcher(
         source, batch_size=training.batch_size, row_length=data.row_length, eos_id=eos_id,
         longest_tail=data.longest_tail, seed=training.seed, group=data.group, given=data.given)
+    return with_places(batches) if training.objective == "block" else batches
 
 
 def make_mesh(section: MeshSection) -> Mesh:

@@ -1,9 +1,9 @@
 """A small training run in a process of its own, which tests may kill, starve of disk, or give more devices.
 
-    python -m tests.train.run_driver DIRECTORY STEPS DEVICES LIMIT
+    python -m tests.train.run_driver DIRECTORY STEPS DEVICES LIMIT [OBJECTIVE]
 
 Prints the digest of the final weights and the losses. DIRECTORY "-" keeps nothing; LIMIT bounds the bytes of any
-file written after the first checkpoint (0 is no bound).
+file written after the first checkpoint (0 is no bound). OBJECTIVE is "masked" or "block".
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def digest(params: Any) -> str:
     return total.hexdigest()
 
 
-def run(directory: Path | None, steps: int, *, devices: int = 1, report: Any = None, accumulate: int = 1) -> Any:
+def run(directory: Path | None, steps: int, *, devices: int = 1, report: Any = None, accumulate: int = 1,
+        objective: str = "masked") -> Any:
     """The final state."""
     import numpy as np
     import optax
@@ -42,7 +43,15 @@ def run(directory: Path | None, steps: int, *, devices: int = 1, report: Any = N
     from djax.config import LladaMoeConfig
     from djax.models import init_params, logical_axes
     from djax.sharding import shardings
-    from djax.train import Schedule, fit, init_state, make_step
+    from djax.train import (
+        Schedule,
+        block_diffusion_loss,
+        fit,
+        init_state,
+        make_step,
+        masked_diffusion_loss,
+        with_places,
+    )
     from djax.train.data import FixedSource, batcher
 
     config = LladaMoeConfig(**CONFIG)
@@ -53,6 +62,8 @@ def run(directory: Path | None, steps: int, *, devices: int = 1, report: Any = N
              for _ in range(40)]
     batches = batcher(
         FixedSource(pairs, seed=1), batch_size=16, row_length=32, eos_id=0, longest_tail=4, seed=2)
+    if objective == "block":
+        batches = with_places(batches)
     placed = None
     if devices > 1:
         mesh = jax.make_mesh((devices // 2, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
@@ -60,7 +71,8 @@ def run(directory: Path | None, steps: int, *, devices: int = 1, report: Any = N
         rows, host = NamedSharding(mesh, PartitionSpec("data")), batches
         batches = lambda update: jax.device_put(host(update), rows)  # noqa: E731
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3))
-    step = make_step(graphdef, optimizer, mask_id=63, accumulate=accumulate)
+    step = make_step(graphdef, optimizer, mask_id=63, accumulate=accumulate, objective={
+        "masked": masked_diffusion_loss, "block": block_diffusion_loss}[objective])
     return fit(
         init_state(params, optimizer, shardings=placed), step, batches, jax.random.key(7), directory=directory,
         schedule=Schedule(steps=steps, log_every=1, save_every=1), meta={"model": CONFIG}, report=report)
@@ -68,6 +80,7 @@ def run(directory: Path | None, steps: int, *, devices: int = 1, report: Any = N
 
 def main() -> None:
     directory, steps, devices, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    objective = (sys.argv[5:] or ["masked"])[0]
     jax.config.update("jax_num_cpu_devices", devices)
     losses = []
 
@@ -79,7 +92,8 @@ def main() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     try:
-        state = run(None if directory == "-" else Path(directory), steps, devices=devices, report=report)
+        state = run(None if directory == "-" else Path(directory), steps, devices=devices, report=report,
+                    objective=objective)
     except OSError as error:
         print(f"OSError: {error}")
         return

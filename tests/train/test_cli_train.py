@@ -34,16 +34,18 @@ def train(path: Path, text: str) -> Result:
     return CliRunner().invoke(app, ["train", str(path)])
 
 
-def test_a_run_gives_a_model_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["masked", "block"])
+def test_a_run_gives_a_model_and_goes_on(objective: str, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
-    done = train(config, RUN)
+    run = RUN + f'objective = "{objective}"\n'
+    done = train(config, run)
     assert done.exit_code == 0, done.output
     assert str(tmp_path / "out" / "model") in done.output
     assert "2/2: loss" in done.output
     lm = djax.load(tmp_path / "out" / "model")
     assert lm.config.dtype == "bfloat16"
     assert len(lm.generate("Add 12 and 30.", max_new_tokens=4, block_length=4).tokens) == 1
-    longer = train(config, RUN.replace("steps = 2", "steps = 3"))
+    longer = train(config, run.replace("steps = 2", "steps = 3"))
     assert longer.exit_code == 0, longer.output
     lines = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert lines == [1, 2, 3]

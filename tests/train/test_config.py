@@ -55,6 +55,7 @@ def test_fields_defaults_and_paths(tmp_path: Path) -> None:
     ("steps = 10", "steps = true", "training.steps: got True; allowed an integer"),
     ("steps = 10", "steps = 0", "training.steps: got 0; allowed at least 1"),
     ("steps = 10", "steps = 10\naccumulate = 3", "training.accumulate: got 3; allowed a divisor of batch_size = 8"),
+    ("steps = 10", 'steps = 10\nobjective = "blocks"', "training.objective: got 'blocks'; allowed masked, block"),
     ("steps = 10", 'steps = 10\ncompute_dtype = "int8"', "training.compute_dtype: got 'int8'; allowed bfloat16"),
     ("learning_rate = 1e-3", "learning_rate = nan", "optimizer.learning_rate: got nan"),
     ("learning_rate = 1e-3", "learning_rate = -1", "optimizer.learning_rate: got -1.0; allowed at least 0"),

@@ -41,9 +41,11 @@ def metrics(directory: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
 
 
-def start(directory: Path | str, *, steps: int = STEPS, devices: int = 1, limit: int = 0) -> subprocess.Popen[str]:
+def start(directory: Path | str, *, steps: int = STEPS, devices: int = 1, limit: int = 0,
+          objective: str = "masked") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.train.run_driver", str(directory), str(steps), str(devices), str(limit)],
+        [sys.executable, "-m", "tests.train.run_driver", str(directory), str(steps), str(devices), str(limit),
+         objective],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"})  # the same XLA_FLAGS: bits depend on the optimiser
 
@@ -76,9 +78,10 @@ def test_training_learns() -> None:
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
 
 
-def test_one_and_eight_devices_have_the_same_loss_curve(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["masked", "block"])
+def test_one_and_eight_devices_have_the_same_loss_curve(objective: str) -> None:
     """Data parallel over four, experts over two; in processes of their own, where devices can be chosen."""
-    runs = [start("-", devices=devices) for devices in (1, 8)]
+    runs = [start("-", devices=devices, objective=objective) for devices in (1, 8)]
     results = []
     for process in runs:
         output, errors = process.communicate(timeout=300)
