@@ -56,7 +56,7 @@ def _draw_expression(rng: np.random.Generator) -> str:
     return text
 
 
-def operate(left: int, sign: str, right: int) -> int | None:
+def _operate(left: int, sign: str, right: int) -> int | None:
     """The value of an operation, None if it is out of bounds."""
     value = _OPERATIONS[sign](left, right)
     digits = (left <= 9) + (right <= 9)
@@ -69,7 +69,7 @@ def _steps(expression: str) -> list[str] | None:
     while not expression.isdigit():
         found = next(found for pattern in _ORDER if (found := pattern.search(expression)))
         left, sign, right = int(found[1]), found[2], int(found[3])
-        value = operate(left, sign, right)
+        value = _operate(left, sign, right)
         if value is None:
             return None
         expression = f"{expression[:found.start()]}{value}{expression[found.end():]}"

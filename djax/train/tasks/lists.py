@@ -1,4 +1,4 @@
-"""Two tasks on short lists: sorting by insertion, and the sum of the distinct numbers.
+"""Two tasks on short lists: sorting by insertion, and the sum of the distinct numbers of a sorted one.
 
     Sort these numbers: 42 7 19 30
 
@@ -10,18 +10,18 @@
 
 A step is the next number of the list and the sorted list that has it.
 
-    Add each different number once: 4 7 4 2 7 9 4
+    Add each different number once: 2 4 4 4 7 7 9
 
-    4 new 04
-    7 new 11
-    4 seen 11
-    2 new 13
+    2 new 02
+    4 new 06
+    4 seen 06
+    4 seen 06
+    7 new 13
     7 seen 13
     9 new 22
-    4 seen 22
     answer: 22
 
-A step is the next number of the list, whether an earlier one equals it, and the total of the new ones so far.
+A step is the next number of the list, whether the one before it is the same, and the total of the new ones so far.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SORT_LENGTHS = (4, 6)
 """Least and most numbers to sort, each 1 to 99."""
 
 SUM_LENGTHS = (7, 9)
-"""Least and most numbers to sum, each 1 to 9."""
+"""Least and most numbers to sum, each 1 to 9, none less than the one before it."""
 
 SUM_DISTINCT = (4, 6)
 """Least and most different numbers among them. Four make at least 10, so that every sum has two digits."""
@@ -71,7 +71,7 @@ def _draw_unique_sum(rng: np.random.Generator) -> str:
     length, distinct = (int(rng.integers(*bounds, endpoint=True)) for bounds in (SUM_LENGTHS, SUM_DISTINCT))
     values = rng.permutation(9)[:distinct] + 1
     repeats = rng.choice(values, size=length - distinct)
-    numbers = rng.permutation(np.concatenate([values, repeats])).tolist()
+    numbers = np.sort(np.concatenate([values, repeats])).tolist()
     return _SUM_PHRASINGS.fill(rng, {"numbers": _join(numbers)})
 
 
@@ -81,11 +81,12 @@ def _solve_unique_sum(prompt: str) -> str | None:
         return None
     steps: list[str] = []
     seen: set[int] = set()
-    for number in map(int, slots["numbers"].split()):
+    numbers = [int(number) for number in slots["numbers"].split()]
+    for number in numbers:
         word = "seen" if number in seen else "new"
         seen.add(number)
         steps.append(f"{number} {word} {sum(seen):02d}")
-    if not SUM_DISTINCT[0] <= len(seen) <= SUM_DISTINCT[1]:
+    if numbers != sorted(numbers) or not SUM_DISTINCT[0] <= len(seen) <= SUM_DISTINCT[1]:
         return None
     return worked(steps, str(sum(seen)))
 
