@@ -216,6 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=50, help="prompts decoded together")
     parser.add_argument("--recipes", nargs="+", choices=list(_recipes()), default=list(_recipes()))
     parser.add_argument("--checkpoints", nargs="+", choices=list(assets.NAMES), default=list(assets.NAMES))
+    parser.add_argument("--skip", nargs="+", default=[], metavar="ROW", help="rows left out, by how their names begin: "
+                        "compressed/reference/no, say")
     parser.add_argument("--build", type=Path, help="directory of `python -m djax.train.bundled`, not the bundled ones")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -224,6 +226,9 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--{name}: got {getattr(options, name)}; allowed at least 1")
     cases = [Case(checkpoint, recipe, cache) for checkpoint in options.checkpoints for recipe in options.recipes
              for cache in (False, True)]
+    cases = [case for case in cases if not case.name.startswith(tuple(options.skip))]
+    if not cases:
+        parser.error(f"--skip: got {' '.join(options.skip)}; allowed what leaves a row")
     checkpoints = {name: assets.PREFIX + name if options.build is None else str(options.build / name)
                    for name in assets.NAMES}
     settings = {"prompts": options.prompts, "batch": options.batch, "max_new_tokens": MAX_NEW_TOKENS,

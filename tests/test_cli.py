@@ -202,17 +202,17 @@ def test_a_literal_mask_in_the_text_is_not_a_position_to_fill() -> None:
 def test_inspect(tmp_path: Path) -> None:
     line = run_json("inspect", str(assets.path()))[0]
     assert line["format"] == "huggingface"
-    assert line["parameter_count"] * 2 == line["bytes"] == line["bytes_per_dtype"]["bfloat16"] == 396032
+    assert line["parameter_count"] * 2 == line["bytes"] == line["bytes_per_dtype"]["bfloat16"] == 4041472
     assert line["config"] == dataclasses.asdict(model().config) | {"dtype": "bfloat16"}
     by_name = {parameter["name"]: parameter for parameter in line["parameters"]}
     assert by_name["layers.1.moe.gate"]["keys"] == [
         f"model.layers.1.mlp.experts.{expert}.gate_proj.weight" for expert in range(8)]
-    assert by_name["embed"]["shape"] == [512, 64]
+    assert by_name["embed"]["shape"] == [704, 128]
     text = invoke("inspect", str(assets.path())).stdout
-    assert "parameters: 198,016" in text
-    assert "embed [512 vocab, 64 embed] <- model.embed_tokens.weight" in text
-    assert "2 x layers.*.moe.down" in text
-    assert "<- 16 x model.layers.*.mlp.experts.*.down_proj.weight" in text
+    assert "parameters: 2,020,736" in text
+    assert "embed [704 vocab, 128 embed] <- model.embed_tokens.weight" in text
+    assert "4 x layers.*.moe.down" in text
+    assert "<- 32 x model.layers.*.mlp.experts.*.down_proj.weight" in text
     assert text.endswith("ignored keys: none\n")
 
 
@@ -221,7 +221,7 @@ def test_bundled_checkpoints_have_names(tmp_path: Path) -> None:
         assert run_json("inspect", f"djax:{name}")[0]["directory"] == str(assets.path(name))
     assert invoke("convert", "djax:base", str(tmp_path / "out")).exit_code == 0
     line = one_line(invoke("inspect", "djax:huge"))
-    assert "got 'djax:huge'; bundled are djax:base" in line
+    assert "got 'djax:huge'; bundled are djax:base, djax:compressed" in line
 
 
 def test_convert_then_inspect_and_generate(tmp_path: Path) -> None:
@@ -230,8 +230,8 @@ def test_convert_then_inspect_and_generate(tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, f"{target}\n"), result.output
     line = run_json("inspect", str(target))[0]
     assert line["format"] == "djax"
-    assert line["parameter_count"] == 198016
-    assert line["bytes_per_dtype"] == {"float32": 4 * 198016}
+    assert line["parameter_count"] == 2020736
+    assert line["bytes_per_dtype"] == {"float32": 4 * 2020736}
     again = invoke("convert", str(assets.path()), str(target))
     assert again.exit_code == 2
     assert one_line(again)

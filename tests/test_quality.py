@@ -87,10 +87,13 @@ def test_batches_are_the_held_out_prompts_and_a_longer_run_begins_alike() -> Non
 
 @pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--prompts", "3", "--batch", "2", "--recipes", "reference", "dinfer", "--output", str(tmp_path)]
+    arguments = ["--prompts", "3", "--batch", "2", "--recipes", "reference", "dinfer", "--output", str(tmp_path),
+                 "--skip", "compressed/reference/no"]
     assert quality.main(arguments) == 0
     record = json.loads((tmp_path / "quality.json").read_text())
-    assert len(record["rows"]) == 4 * len(assets.NAMES)
+    assert [(row["checkpoint"], row["recipe"], row["cache"]) for row in record["rows"]] == [
+        (checkpoint, recipe, cache) for checkpoint in assets.NAMES for recipe in ("reference", "dinfer")
+        for cache in (False, True) if (checkpoint, recipe, cache) != ("compressed", "reference", False)]
     for row in record["rows"]:
         assert row["prompts"] == 15
         assert 0 <= row["accuracy"] <= 100
@@ -109,7 +112,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "other settings" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--prompts", "0"], ["--batch", "-1"], ["--recipes", "magic"]])
+@pytest.mark.parametrize("arguments", [["--prompts", "0"], ["--batch", "-1"], ["--recipes", "magic"],
+                                       ["--skip", "base/", "compressed/"]])
 def test_wrong_options_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         quality.main(arguments)

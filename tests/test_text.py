@@ -11,9 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 
-from benchmarks import make_assets
 from djax import assets
 from djax.text import Tokenizer, check_messages, has_tokenizer, render_chat
 
@@ -250,41 +248,3 @@ def test_stream_holds_back_an_incomplete_character(tokenizer: Tokenizer) -> None
     stream = tokenizer.stream()
     assert stream.push(ids[:-1]) == ""
     assert stream.finish() == "\ufffd"
-
-
-def test_make_assets_rebuilds_the_bundled_files(tmp_path: Path) -> None:
-    make_assets.build(tmp_path)
-    names = sorted(file.name for file in tmp_path.iterdir())
-    assert names == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json",
-                     "tokenizer_config.json"]
-    for name in names:
-        assert (tmp_path / name).read_bytes() == (assets.path() / name).read_bytes(), name
-
-
-def test_bundled_checkpoint_has_the_real_layout() -> None:
-    """Keys, shapes and dtypes as published for LLaDA-MoE, with the bundled config's sizes."""
-    config = json.loads((assets.path() / "config.json").read_text())
-    width, vocabulary, expert = config["hidden_size"], config["vocab_size"], config["expert_intermediate_size"]
-    head = width // config["num_attention_heads"]
-    expected = {"model.embed_tokens.weight": [vocabulary, width], "lm_head.weight": [vocabulary, width],
-                "model.norm.weight": [width]}
-    for layer in range(config["num_hidden_layers"]):
-        name = f"model.layers.{layer}."
-        expected |= {f"{name}{norm}_layernorm.weight": [width] for norm in ("input", "post_attention")}
-        expected |= {f"{name}self_attn.{letter}_proj.weight": [width, width] for letter in "qkvo"}
-        expected |= {f"{name}self_attn.{letter}_norm.weight": [head] for letter in "qk"}
-        expected[f"{name}mlp.gate.weight"] = [config["num_experts"], width]
-        for index in range(config["num_experts"]):
-            expected |= {f"{name}mlp.experts.{index}.{part}_proj.weight": [expert, width] for part in ("gate", "up")}
-            expected[f"{name}mlp.experts.{index}.down_proj.weight"] = [width, expert]
-    with safe_open(assets.path() / "model.safetensors", framework="np") as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        assert {key: value.get_shape() for key, value in slices.items()} == expected
-        assert {value.get_dtype() for value in slices.values()} == {"BF16"}
-    assert "auto_map" not in config
-
-
-def test_bundled_config_agrees_with_the_tokenizer(tokenizer: Tokenizer) -> None:
-    config = json.loads((assets.path() / "config.json").read_text())
-    assert config["mask_token_id"] == tokenizer.mask_id
-    assert config["eos_token_id"] == config["pad_token_id"] == tokenizer.eos_id

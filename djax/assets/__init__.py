@@ -1,6 +1,6 @@
-"""The bundled tiny model: config.json, model.safetensors, tokenizer.json and its chat template.
+"""The bundled model, a small LLaDA-MoE that learned the tasks of `djax.train.tasks`, and its compressed form.
 
-`benchmarks/make_assets.py` writes every file here; it is read through the same path as any checkpoint.
+`python -m djax.train.bundled` makes every file here; they are read through the same path as any checkpoint.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
-NAMES = ("base",)
-"""What is bundled."""
+NAMES = ("base", "compressed")
+"""What is bundled; the second needs fewer forwards (`djax.train.trajectory`)."""
 PREFIX = "djax:"
 """Before one of `NAMES`, where a checkpoint's directory or hub id could be."""
 

@@ -11,8 +11,8 @@ from typing import Any
 from djax.recipes import Recipe, fast_dllm
 from djax.text import Tokenizer
 from djax.train import tasks
-from djax.train.bundled.drills import DrillSource, Mixed, WindowSource
 from djax.train.bundled.tokenizer import EOS, MASK, VOCAB_SIZE, token_id
+from djax.train.bundled.windows import Mixed, WindowSource
 from djax.train.config import DataSection, OptimizerSection, TrainConfig, TrainingSection
 from djax.train.loss import Batch
 from djax.train.run import make_batches, make_source
@@ -56,19 +56,28 @@ class Stage:
     learning_rate: float
     schedule: str
     longest_tail: int
-    given: float = 0.5
+    objective: str
+    given: float = 0.0
     windows: bool = False
     """Whether every other example is cut to a window."""
-    drills: int | None = None
-    """One row in so many is a drill; None is none."""
+    tasks: tuple[str, ...] = tuple(tasks.TASKS)
+    """Taken in turn; one that is named twice is learned twice as often."""
 
+
+_HARDER = (*tasks.TASKS, "expression", "sort", "expression")
+"""These two take longest to learn."""
 
 STAGES = (
-    # A high rate finds the texts' format in a few hundred updates, and is too coarse for what is copied and computed.
-    Stage(steps=600, learning_rate=3e-3, schedule="constant", longest_tail=16, windows=True, drills=3),
-    Stage(steps=6000, learning_rate=1e-3, schedule="constant", longest_tail=16, windows=True, drills=3),
-    # Tails as long as generation has them, and the rate down to zero.
-    Stage(steps=1200, learning_rate=1e-3, schedule="linear", longest_tail=224, windows=True, drills=6),
+    # By blocks every token of every answer is learned in each pass: what has to be copied and computed is found in
+    # some hundred updates, which takes the masked objective, where few masks can be told, many thousands.
+    Stage(steps=1000, learning_rate=3e-3, schedule="constant", longest_tail=8, objective="block"),
+    Stage(steps=500, learning_rate=1e-3, schedule="constant", longest_tail=8, objective="block"),
+    Stage(steps=1250, learning_rate=1e-3, schedule="constant", longest_tail=8, objective="block", tasks=_HARDER),
+    # Then as the model is used: all of the canvas in sight, with tails as long as generation has them.
+    Stage(steps=1500, learning_rate=1e-3, schedule="linear", longest_tail=224, objective="masked", given=0.5,
+          windows=True, tasks=_HARDER),
+    Stage(steps=1250, learning_rate=7e-4, schedule="linear", longest_tail=224, objective="masked", given=0.5,
+          windows=True, tasks=_HARDER),
 )
 """The training from nothing; each goes on with the weights of the one before."""
 
@@ -77,23 +86,21 @@ def stage_batches(stage: Stage, config: TrainConfig, tokenizer: Tokenizer, *, eo
     """The batches of a stage's run."""
     source = make_source(config, tokenizer)
     if stage.windows:
-        source = Mixed(source, WindowSource(source, token_id(MASK), config.training.seed), period=2)
-    if stage.drills is not None:
-        source = Mixed(source, DrillSource(tokenizer, token_id(MASK), config.training.seed), period=stage.drills)
+        source = Mixed(source, WindowSource(source, token_id(MASK), eos_id, config.training.seed), period=2)
     return make_batches(config, source, eos_id=eos_id)
 
 
 def stage_config(stage: Stage, number: int, output: Path) -> TrainConfig:
     """The run of a stage, the first of which is number 1."""
     return TrainConfig(
-        data=DataSection(tasks=tuple(tasks.TASKS), row_length=160 + stage.longest_tail,
-                         longest_tail=stage.longest_tail, group=16, given=stage.given),
+        data=DataSection(tasks=stage.tasks, row_length=160 + stage.longest_tail, longest_tail=stage.longest_tail,
+                         group=16, given=stage.given),
         optimizer=OptimizerSection(
             name="muon", learning_rate=stage.learning_rate, schedule=stage.schedule,
             warmup_steps=100 if number == 1 else 0, weight_decay=0.01, options=dict(_MUON)),
         training=TrainingSection(
-            output=str(output / str(number)), steps=stage.steps, batch_size=64, seed=SEED + number - 1, log_every=50,
-            save_every=250, compute_dtype="float32"))
+            output=str(output / str(number)), steps=stage.steps, batch_size=64, objective=stage.objective,
+            seed=SEED + number - 1, log_every=50, save_every=250, compute_dtype="float32"))
 
 
 ANSWER_LENGTH, BLOCK_LENGTH = 128, 64
@@ -107,12 +114,12 @@ def sampling_recipe() -> Recipe:
     return fast_dllm(threshold=0.9, cache="none")
 
 
-def compression_config(output: Path, *, steps: int = 800) -> TrainConfig:
+def compression_config(output: Path, *, steps: int = 300) -> TrainConfig:
     """The fine-tuning on trajectories. The data section is not read: the batches are trajectories."""
     return TrainConfig(
         data=DataSection(tasks=tuple(tasks.TASKS)),
         optimizer=OptimizerSection(
-            name="muon", learning_rate=1e-3, schedule="linear", warmup_steps=50,
+            name="muon", learning_rate=3e-4, schedule="linear", warmup_steps=50,
             weight_decay=0.01, options=dict(_MUON)),
         training=TrainingSection(
             output=str(output), steps=steps, batch_size=64, seed=SEED - 1, log_every=50, save_every=400,
