@@ -155,11 +155,14 @@ def test_hugging_face_streamers(golden_lm):
 def test_transformers_text_streamer(bundled, capsys):
     from transformers import TextStreamer
 
-    streamer = TextStreamer(bundled.tokenizer.backend, skip_prompt=True)
-    arguments = {"recipe": DUAL, "max_new_tokens": 8, "block_length": 8}
-    for _ in bundled.stream(["Hello"], streamer=streamer, **arguments):
+    streamer = TextStreamer(bundled.tokenizer.backend, skip_prompt=True, skip_special_tokens=True)
+    arguments = {"recipe": DUAL, "max_new_tokens": 96, "block_length": 32}
+    chat = [{"role": "user", "content": "Sort these numbers: 42 7 19 30"}]
+    for _ in bundled.stream([chat], streamer=streamer, **arguments):
         pass
-    assert capsys.readouterr().out == bundled.generate(["Hello"], **arguments).text[0] + "\n"
+    out = bundled.generate([chat], **arguments)
+    assert out.stop_reason == ["eos"]
+    assert capsys.readouterr().out == out.text[0] + "\n"
 
 
 def test_text_in_text_out(bundled):

@@ -38,6 +38,8 @@ from djax.transforms import Credit, Identity
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--max-new-tokens", "8", "--block-length", "4", "--recipe", "llada", "--dtype", "float32"]
+QUESTIONS = ("Add 4827 and 10963.", "Sort these numbers: 42 7 19 30")
+"""What the bundled model answers with more than eight tokens."""
 REAL_LOAD = api.load
 
 
@@ -79,8 +81,8 @@ def written(directory: Path, value: Any) -> str:
 
 
 def test_json_equals_the_api() -> None:
-    got = run_json("generate", "hi", "a longer one", *SMALL)
-    chats = [[{"role": "user", "content": text}] for text in ("hi", "a longer one")]
+    got = run_json("generate", *QUESTIONS, *SMALL)
+    chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
     expected = model().generate(chats, recipe=recipes.llada(), max_new_tokens=8, block_length=4)
     assert len(got) == 2
     for row, line in enumerate(got):
@@ -425,10 +427,10 @@ CONTENT: list[tuple[list[str], Any, str]] = [
     (["generate", "--token-ids"], [[1], 2], "--token-ids[1]: got 2"),
     (["generate", "--token-ids"], [[]], "--token-ids[0]: got []"),
     (["generate", "--token-ids"], {"ids": [1]}, "--token-ids: got {'ids': [1]}"),
-    (["generate", *SMALL, "--token-ids"], [1, 512], "got token id 512"),
+    (["generate", *SMALL, "--token-ids"], [1, 704], "got token id 704"),
     (["infill", "--dtype", "float32", "--token-ids"], [1, 2], "--token-ids[0]: got no null"),
     (["infill", "--dtype", "float32", "--token-ids"], [1, "x", None], "--token-ids[1]: got 'x'"),
-    (["infill", "--dtype", "float32", "--token-ids"], [None, 600], "got token id 600"),
+    (["infill", "--dtype", "float32", "--token-ids"], [None, 704], "got token id 704"),
     (["infill", "x [MASK]", "--token-ids"], [None], "--token-ids: got TEMPLATE and --token-ids together"),
 ]
 
@@ -540,7 +542,7 @@ def test_live_view_on_a_terminal() -> None:
     main, worker = pty.openpty()
     fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     child = subprocess.Popen(
-        [sys.executable, "-m", "djax.cli", "generate", "hi", *SMALL], cwd=ROOT,
+        [sys.executable, "-m", "djax.cli", "generate", QUESTIONS[0], *SMALL], cwd=ROOT,
         stdin=worker, stdout=worker, stderr=worker,
         env={**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"})
     os.close(worker)
@@ -557,8 +559,8 @@ def test_live_view_on_a_terminal() -> None:
     assert "compiling" in shown
     assert "░░░" in shown
     final, status = [line for line in shown.split("\x1b[2K")[-1].split("\r\n") if line][-2:]
-    expected = model().generate([[{"role": "user", "content": "hi"}]], recipe=recipes.llada(), max_new_tokens=8,
-                                block_length=4)
+    expected = model().generate([[{"role": "user", "content": QUESTIONS[0]}]], recipe=recipes.llada(),
+                                max_new_tokens=8, block_length=4)
     assert printable((expected.text or [""])[0]).splitlines()[-1].strip() in final
     assert status.startswith("block 2/2  step 8  NFE 8  1.00 tokens/forward")
     assert np.all(expected.nfe == 8)

@@ -57,7 +57,7 @@ def make_step(
 
 
 def test_decoded_text_and_masks(tokenizer: Tokenizer) -> None:
-    view = LiveCanvas(tokenizer=tokenizer, block_length=8, console=console())
+    view = LiveCanvas(tokenizer=tokenizer, block_length=16, console=console())
     ids = tokenizer.encode("the model")
     lines = frame(view, make_step([[*ids[:1], MASK, MASK, *ids[1:]]]))
     first, rest = tokenizer.decode(ids[:1]), tokenizer.decode(ids[1:])

@@ -248,9 +248,10 @@ def test_one_prompt_in_twenty_is_held_out() -> None:
     assert set(get_args(Split)) == set(SPLITS)
     for name in TASKS:
         prompts = {example.prompt for example in drawn(name, 2000)}
-        # Half a percent is about the standard deviation; a repeated prompt or two lie in spaces of a million.
+        # Half a percent is about the standard deviation; a repeated prompt or two lie in spaces of a million, and
+        # some dozens in the hundred thousand that sorted lists of a few digits have.
         assert 0.03 < np.mean([split_of(prompt) == "held_out" for prompt in prompts]) < 0.07, name
-        assert len(prompts) >= 1995, name
+        assert len(prompts) >= (1950 if name == "unique_sum" else 1995), name
 
 
 def test_the_split_of_a_prompt_is_for_good() -> None:
