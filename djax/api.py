@@ -55,8 +55,8 @@ def load(
 
     Args:
         source: a Hugging Face directory (safetensors), a directory written by `djax convert`, or a hub id;
-            None or "djax:base" is the small model bundled with djax, "djax:compressed" its form that needs fewer
-            forwards.
+            None or "djax:base" is the small model bundled with djax, "djax:compressed" the same after
+            trajectory compression.
         dtype: of weights and activations: "bfloat16", "float32" or "float16"; None keeps the checkpoint's.
         mesh: devices to shard over; None is the default device.
         rules: logical axis name to mesh axis, see `djax.sharding`; None is its default.

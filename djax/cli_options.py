@@ -46,7 +46,7 @@ class ModelFlags:
 
     model: Annotated[str | None, _option(
         "--model", panel=_MODEL, metavar="PATH|HUB_ID",
-        help="Checkpoint; if not given the bundled one, djax:base. djax:compressed needs fewer forwards.")] = None
+        help="Checkpoint; if not given the bundled one, djax:base (djax:compressed is after compression).")] = None
     dtype: Annotated[str | None, _option(
         "--dtype", panel=_MODEL, help="Of weights and activations: bfloat16, float16 or float32.")] = "bfloat16"
     mask_id: Annotated[int | None, _integer(

@@ -9,7 +9,7 @@ import importlib.resources
 from pathlib import Path
 
 NAMES = ("base", "compressed")
-"""What is bundled; the second needs fewer forwards (`djax.train.trajectory`)."""
+"""What is bundled; the second after trajectory compression (`djax.train.trajectory`)."""
 PREFIX = "djax:"
 """Before one of `NAMES`, where a checkpoint's directory or hub id could be."""
 
