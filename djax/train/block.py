@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from djax import struct
 from djax.train.data import BUCKET
-from djax.train.loss import SMALLEST_NOISE, Batch, Losses, LossWeights, router_losses
+from djax.train.loss import SMALLEST_NOISE, Batch, Losses, LossWeights, router_losses, spread_evenly
 from djax.types import Params
 
 LONGEST_BLOCK = 32
@@ -62,8 +62,7 @@ def draw_blocks(key: Key[Array, ""], is_token: Bool[Array, "B A"], *, longest: i
     """Blocks that end at each token with one probability a row, a noise level t ~ U(0, 1) for each, and the masks."""
     rows, tokens = is_token.shape
     for_rate, for_ends, for_levels, for_masks = jax.random.split(key, 4)
-    spread = (jax.random.uniform(for_rate) + jnp.arange(rows) / rows) % 1.0
-    ends = jax.random.uniform(for_ends, is_token.shape) < longest ** -spread[:, None]
+    ends = jax.random.uniform(for_ends, is_token.shape) < longest ** -spread_evenly(for_rate, rows)[:, None]
     number = 1 + jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends.astype(jnp.int32)
     levels = SMALLEST_NOISE + (1 - SMALLEST_NOISE) * jax.random.uniform(for_levels, (rows, tokens + 1))
     noise = jnp.take_along_axis(levels, number, axis=1)

@@ -126,6 +126,11 @@ def _pair_of(record: Any, tokenizer: Tokenizer) -> Pair:
     return encode_pair(record["prompt"], record["answer"], tokenizer)
 
 
+def tail_length(most: int, draw: float) -> int:
+    """How many EOS follow an answer, from a uniform draw: their number's logarithm is uniform, up to `most`."""
+    return int((most + 1) ** draw)
+
+
 def batcher(
     source: Source, *, batch_size: int, row_length: int, eos_id: int, longest_tail: int, seed: int, group: int = 1,
     given: float = 0.0,
@@ -180,7 +185,7 @@ def batcher(
             known = int(for_place * (sum(is_answer) + 1))
             is_answer = [learned and count > known for learned, count in zip(
                 is_answer, itertools.accumulate(is_answer), strict=True)]
-        tail = int((min(room, longest_tail) + 1) ** for_tail) if ends else 0
+        tail = tail_length(min(room, longest_tail), for_tail) if ends else 0
         return Sample([*tokens, *[eos_id] * tail], [*is_answer, *[True] * tail])
 
     def batch(update: int) -> Batch:

@@ -57,6 +57,11 @@ class Losses:
     """Mean squared log-sum-exp of the router's logits (arXiv 2202.08906, eq. 5)."""
 
 
+def spread_evenly(key: Key[Array, ""], rows: int) -> Float[Array, "B"]:
+    """A number from [0, 1) for each row, each uniform and all evenly spread (one uniform shift for all)."""
+    return (jax.random.uniform(key) + jnp.arange(rows) / rows) % 1.0
+
+
 def sample_masks(
     key: Key[Array, ""], is_answer: Bool[Array, "B T"], *, smallest: float = SMALLEST_NOISE
 ) -> tuple[Float[Array, "B"], Bool[Array, "B T"]]:
@@ -67,8 +72,7 @@ def sample_masks(
     """
     level_key, mask_key = jax.random.split(key)
     rows = is_answer.shape[0]
-    spread = (jax.random.uniform(level_key) + jnp.arange(rows) / rows) % 1.0
-    noise = smallest + (1.0 - smallest) * spread
+    noise = smallest + (1.0 - smallest) * spread_evenly(level_key, rows)
     return noise, is_answer & (jax.random.uniform(mask_key, is_answer.shape) < noise[:, None])
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from djax.train.data import Sample, Source
+from djax.train.data import Sample, Source, tail_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class WindowSource:
         """Example `index` with its window, from its number alone."""
         rng = np.random.default_rng([self.seed, index])
         tokens, is_answer, _ = self.source.sample(index)
-        tail = int((self.longest_tail + 1) ** rng.random())
+        tail = tail_length(self.longest_tail, rng.random())
         tokens, is_answer = [*tokens, *[self.eos_id] * tail], [*is_answer, *[True] * tail]
         places = [place for place, learned in enumerate(is_answer) if learned]
         start = places[int(rng.integers(len(places)))]
