@@ -67,17 +67,20 @@ class Stage:
 _HARDER = (*tasks.TASKS, "expression", "sort", "expression")
 """These two take longest to learn."""
 
+_PARALLEL = (*tasks.TASKS, "expression", "addition", "sort")
+"""Of these most is lost when many tokens are guessed at once."""
+
 STAGES = (
     # By blocks every token of every answer is learned in each pass: what has to be copied and computed is found in
     # some hundred updates, which takes the masked objective, where few masks can be told, many thousands.
     Stage(steps=1000, learning_rate=3e-3, schedule="constant", longest_tail=8, objective="block"),
     Stage(steps=500, learning_rate=1e-3, schedule="constant", longest_tail=8, objective="block"),
-    Stage(steps=1250, learning_rate=1e-3, schedule="constant", longest_tail=8, objective="block", tasks=_HARDER),
+    Stage(steps=2500, learning_rate=1e-3, schedule="constant", longest_tail=8, objective="block", tasks=_HARDER),
     # Then as the model is used: all of the canvas in sight, with tails as long as generation has them.
+    Stage(steps=2500, learning_rate=1e-3, schedule="constant", longest_tail=224, objective="masked", given=0.5,
+          windows=True, tasks=_PARALLEL),
     Stage(steps=1500, learning_rate=1e-3, schedule="linear", longest_tail=224, objective="masked", given=0.5,
-          windows=True, tasks=_HARDER),
-    Stage(steps=1250, learning_rate=7e-4, schedule="linear", longest_tail=224, objective="masked", given=0.5,
-          windows=True, tasks=_HARDER),
+          windows=True, tasks=_PARALLEL),
 )
 """The training from nothing; each goes on with the weights of the one before."""
 
