@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
@@ -21,18 +19,8 @@ class Implementation:
     their `shape` and `dtype`) and says why it cannot compute them, or None if it can.
     """
 
-    function: Callable[..., jax.Array]
+    function: Callable[..., Any]
     unsupported: Callable[..., str | None]
-
-
-def current_platform() -> str:
-    """Platform that a call is traced for: the default device's if one is set, else the default backend.
-
-    "cuda" and "rocm" both read "gpu".
-    """
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    platform = jax.default_backend() if device is None else getattr(device, "platform", device)
-    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def resolve(

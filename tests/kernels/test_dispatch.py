@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import pytest
 
-from kernels_pallas.dispatch import Implementation, current_platform, resolve
+from kernels_pallas.dispatch import Implementation, resolve
+from kernels_pallas.hardware import current_platform
 
 
 def make(reason: str | None) -> Implementation:
