@@ -1,11 +1,11 @@
-"""What the architectures share: RMSNorm, rotary positions and the attention core."""
+"""What the architectures share: contractions, RMSNorm and rotary positions."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 
 def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
@@ -61,53 +61,3 @@ def rotate(x: Float[Array, "B W H K"], rotation: Rotation) -> Float[Array, "B W 
     wide = x.astype(jnp.float32)
     first, second = jnp.split(wide, 2, axis=-1)
     return (wide * cos + jnp.concatenate([second, first], axis=-1) * sin).astype(x.dtype)
-
-
-def attend(
-    query: Float[Array, "B W H K"],
-    key: Float[Array, "B T G K"],
-    value: Float[Array, "B T G K"],
-    *,
-    key_mask: Bool[Array, "B T"] | Bool[Array, "B W T"],
-) -> Float[Array, "B W H K"]:
-    """Bidirectional attention with H / G query heads to each key/value head; scores and softmax in float32.
-
-    Keys outside `key_mask` get no weight at all; a row without any key attends to nothing and gives zeros. The mask is
-    that of all queries, or one for each.
-    """
-    batch, window, heads, width = query.shape
-    groups = key.shape[2]
-    # One batched product per (row, key/value head), its operands in the order that GEMMs take: left to itself
-    # XLA transposes the scores, the largest array here, twice on CPU.
-    query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
-    query = query.reshape(batch, groups, heads // groups * window, width)
-    scores = contract("bgqk,bgtk->bgqt", query, key, dtype=jnp.float32) * width**-0.5
-    mask = key_mask[:, None, None, :] if key_mask.ndim == 2 else jnp.tile(
-        key_mask[:, None], (1, 1, heads // groups, 1))
-    weight = _masked_softmax(scores, mask).astype(value.dtype)
-    mixed = contract("bgqt,bgtk->bgqk", weight, value)
-    return jnp.swapaxes(mixed.reshape(batch, heads, window, width), 1, 2)
-
-
-@jax.custom_vjp
-def _masked_softmax(scores: Float[Array, "B G Q T"], mask: Bool[Array, "B 1 #Q T"]) -> Float[Array, "B G Q T"]:
-    """Softmax over the keys in `mask`; zeros in a row without any. Written out with its gradient, because autodiff
-    would go over the scores, the largest array here, several times more."""
-    # a finite floor, then zero weights: -inf everywhere would be NaN
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weight = jnp.where(mask, jnp.exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
-    total = weight.sum(axis=-1, keepdims=True)
-    return weight / jnp.where(total > 0, total, 1.0)
-
-
-def _softmax_forward(scores: Array, mask: Array) -> tuple[Array, Array]:
-    weight = _masked_softmax(scores, mask)
-    return weight, weight
-
-
-def _softmax_backward(weight: Array, cotangent: Array) -> tuple[Array, None]:
-    product = weight * cotangent
-    return product - weight * product.sum(axis=-1, keepdims=True), None
-
-
-_masked_softmax.defvjp(_softmax_forward, _softmax_backward)

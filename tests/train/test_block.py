@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 from numpy.typing import NDArray
 
-from djax.models.layers import attend
 from djax.train import LossWeights
 from djax.train.block import (
     BlockBatch,
@@ -23,6 +22,7 @@ from djax.train.block import (
     noised_log_probs,
     with_places,
 )
+from kernels_pallas import attention
 from tests.train.test_loss import GRAPHDEF, MASK, PARAMS, SEED, batch_of
 
 PROMPT, ANSWER, PADDING = 2, 6, 1
@@ -159,8 +159,8 @@ def test_a_mask_for_each_query_is_that_of_all_where_they_are_equal() -> None:
     query, key, value = (jnp.asarray(rng.normal(size=(2, 5, heads, 4)), jnp.float32) for heads in (4, 2, 2))
     mask = jnp.asarray(rng.random((2, 5)) < 0.6)
     np.testing.assert_array_equal(
-        attend(query, key, value, key_mask=mask),
-        attend(query, key, value, key_mask=jnp.broadcast_to(mask[:, None], (2, 5, 5))))
+        attention(query, key, value, key_mask=mask),
+        attention(query, key, value, key_mask=jnp.broadcast_to(mask[:, None], (2, 5, 5))))
     one = jnp.zeros((2, 5, 5), bool).at[:, jnp.arange(5), (jnp.arange(5) + 1) % 5].set(True)
     np.testing.assert_allclose(
-        attend(query, key, value, key_mask=one), jnp.roll(jnp.repeat(value, 2, axis=2), -1, axis=1), atol=1e-6)
+        attention(query, key, value, key_mask=one), jnp.roll(jnp.repeat(value, 2, axis=2), -1, axis=1), atol=1e-6)
