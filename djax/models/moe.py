@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from djax.config import LladaMoeConfig
 from djax.models.layers import contract
 from djax.models.parameters import normal
-from kernels_pallas import moe
+from kernels_pallas import moe, top_k_route
 
 
 def router_logits(x: Float[Array, "M D"], router: Float[Array, "E D"]) -> Float[Array, "M E"]:
@@ -21,32 +19,13 @@ def router_logits(x: Float[Array, "M D"], router: Float[Array, "E D"]) -> Float[
 
 
 def route(
-    logits: Float[Array, "M E"], *, experts_per_token: int
+    logits: Float[Array, "M E"], *, experts_per_token: int, implementation: str | None = "xla"
 ) -> tuple[Int[Array, "M k"], Float[Array, "M k"]]:
-    """Experts of each row and their weights: the largest of a softmax over all experts.
+    """Experts of each row and their weights: the largest of a softmax over all experts, not renormalised.
 
-    The weights are not renormalised to sum to one: LLaDA-MoE was trained that way.
+    `implementation` is that of `kernels_pallas.top_k_route`; XLA's can be split over devices.
     """
-    # XLA sorts for a top_k of short rows, which a CPU does slowly
-    weights, expert_ids = jax.lax.platform_dependent(
-        jax.nn.softmax(logits, axis=-1), cpu=partial(_top_k_by_maxima, k=experts_per_token),
-        default=lambda shares: tuple(jax.lax.top_k(shares, experts_per_token)))
-    return expert_ids, weights
-
-
-def _top_k_by_maxima(
-    shares: Float[Array, "M E"], *, k: int
-) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
-    """`jax.lax.top_k` of short rows: k times the largest entry, the lowest index among equals."""
-    index = jnp.arange(shares.shape[1], dtype=jnp.int32)
-    values, indices = [], []
-    for _ in range(k):
-        best = jnp.max(shares, axis=1)
-        at = jnp.min(jnp.where(shares == best[:, None], index, shares.shape[1] - 1), axis=1)
-        shares = jnp.where(index == at[:, None], -jnp.inf, shares)
-        values.append(best)
-        indices.append(at)
-    return jnp.stack(values, axis=1), jnp.stack(indices, axis=1)
+    return top_k_route(logits, experts_per_token=experts_per_token, implementation=implementation)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -58,6 +37,8 @@ class MixtureOfExperts(nnx.Module):
         model, experts, width = config.hidden_size, config.num_experts, config.expert_size
         self.experts_per_token = config.experts_per_token
         self.moe_implementation = moe_implementation
+        # who asks for XLA's experts, which can be split over devices, means the router too
+        self.route_implementation = None if moe_implementation in (None, "mosaic_gpu") else "xla"
         self.router = normal(rngs, (experts, model), axes=(None, "embed"), dtype=config.dtype)
         wide, narrow = (experts, width, model), (experts, model, width)
         self.gate = normal(rngs, wide, axes=("experts", "ffn", "embed"), dtype=config.dtype)
@@ -69,7 +50,8 @@ class MixtureOfExperts(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
             logits = router_logits(rows, self.router[...])
-            expert_ids, weights = route(logits, experts_per_token=self.experts_per_token)
+            expert_ids, weights = route(
+                logits, experts_per_token=self.experts_per_token, implementation=self.route_implementation)
         with jax.named_scope("experts"):
             mixed = moe(rows, expert_ids, weights, self.gate[...], self.up[...], self.down[...],
                         implementation=self.moe_implementation)

@@ -41,6 +41,19 @@ CASES = (
     Case(name="odd_sizes", rows=11, slots=2, experts=5, width=7, model=3),
 )
 
+BLOCKS: dict[str, Any] = {"experts": 4, "width": 128, "model": 128, "dtype": "bfloat16"}
+"""What kernels of fixed tiles take, and an interpreter can bear."""
+KERNEL_CASES = (
+    Case(name="one_row", rows=1, slots=2, **BLOCKS),
+    Case(name="rows_no_multiple_of_the_block", rows=21, slots=2, **BLOCKS),
+    Case(name="all_rows_to_one_expert", rows=40, slots=1, routing="last", **BLOCKS),
+    Case(name="overfull_and_empty_experts", rows=70, slots=2, routing="uneven", **(BLOCKS | {"experts": 9})),
+    Case(name="an_expert_twice", rows=12, slots=3, routing="twice", **BLOCKS),
+    Case(name="ids_out_of_range", rows=21, slots=3, routing="out_of_range", **BLOCKS),
+    Case(name="no_expert_at_all", rows=5, slots=2, routing="nowhere", **BLOCKS),
+    Case(name="wide", rows=9, slots=2, **(BLOCKS | {"width": 384, "model": 256})),
+)
+
 
 def route(case: Case, rng: np.random.Generator) -> np.ndarray:
     """Expert ids [M, k]."""

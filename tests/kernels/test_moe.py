@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -20,7 +21,7 @@ from .moe_cases import CASES, Case, operands, oracle
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1.5e-2}
 SEED = 7
-NAMES = [*IMPLEMENTATIONS, None]
+NAMES = ["reference", "xla_grouped", "xla_dense", None]  # what a CPU runs as it is
 run = jax.jit(moe, static_argnames="implementation")
 plan_for = jax.jit(plan_rows, static_argnums=(1, 2, 3))
 
@@ -106,6 +107,33 @@ def test_the_choice_can_be_asked() -> None:
     assert moe_choice(*shapes, platform="tpu") == "xla_dense"
     assert moe_choice(*shapes, implementation="reference", platform="cpu") == "reference"
     assert moe_choice(*arguments) in IMPLEMENTATIONS
+
+
+@pytest.mark.parametrize("rows", [1, 96, 4096])
+def test_the_choice_on_an_accelerator_goes_by_size_and_dtype(rows: int) -> None:
+    def choice(platform: str, **changes: object) -> str:
+        case = Case(name="asked", rows=rows, slots=2, width=128, model=256, dtype="bfloat16")
+        shapes = jax.eval_shape(lambda: operands(dataclasses.replace(case, **changes), SEED))
+        return moe_choice(*shapes, platform=platform)
+
+    new = jax.__version_info__ >= (0, 11)
+    assert choice("gpu") == ("mosaic_gpu" if new else "xla_dense")
+    assert choice("gpu", dtype="float32") == choice("gpu", width=96) == choice("gpu", model=192) == "xla_dense"
+    assert choice("tpu") == choice("tpu", dtype="float32") == ("pallas_tpu" if rows > 128 else "xla_dense")
+    assert choice("tpu", width=96) == "xla_dense"
+    assert choice("cpu") == "xla_grouped"
+
+
+def test_kernels_say_what_they_lack() -> None:
+    arguments = operands(Case(name="asked", rows=8, slots=2), SEED)
+    for name, device in (("mosaic_gpu", "Hopper GPU"), ("pallas_tpu", "TPU")):
+        with pytest.raises(NotImplementedError, match=f"{name}' does not support this call: it needs a {device}"):
+            moe(*arguments, implementation=name)
+    with pytest.raises(NotImplementedError, match="multiples of 128, got D 20, F 12"):
+        moe_choice(*arguments, implementation="pallas_tpu", platform="tpu")
+    if jax.__version_info__ >= (0, 11):
+        with pytest.raises(NotImplementedError, match="it takes bfloat16, got float32"):
+            moe_choice(*arguments, implementation="mosaic_gpu", platform="gpu")
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -194,6 +222,15 @@ for specs in ((P("data"), P("data"), P("data"), P(None, "tensor"), P(None, "tens
         got = jax.jit(moe, static_argnames="implementation")(*placed, implementation=name)
         expected = oracle(*arguments)
         assert np.abs(np.asarray(got) - expected).max() < 2e-6 * np.abs(expected).max(), (name, specs)
+whole, part = P(), P("tensor")
+for wide, narrow, by_expert in ((part, part, True), (P(None, "tensor"), P(None, None, "tensor"), False)):
+    specs = (P("data"), P("data"), P("data"), wide, wide, narrow)
+    for name in ("reference", "xla_grouped", "xla_dense", None):
+        def share(x, ids, weights, gate, up, down):  # a device's own experts, or its own columns of all
+            first = jax.lax.axis_index("tensor") * len(gate) if by_expert else 0
+            return jax.lax.psum(moe(x, ids - first, weights, gate, up, down, implementation=name), "tensor")
+        got = jax.jit(jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False))(*arguments)
+        assert np.abs(np.asarray(got) - expected).max() < 2e-6 * np.abs(expected).max(), (name, by_expert)
 print("sharded ok", jax.device_count())
 """
 
