@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from djax.canvas import Canvas
     from djax.denoise import denoise
     from djax.generation import Generation, StreamStep
+    from djax.models.kernels import Kernels
     from djax.state import Result, StopReason
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "Canvas",
     "DiffusionLM",
     "Generation",
+    "Kernels",
     "Result",
     "StopReason",
     "StreamStep",
@@ -43,7 +45,8 @@ __all__ = [
     "transforms",
 ]
 
-_HOME = {"Canvas": "canvas", "DiffusionLM": "api", "Generation": "generation", "Result": "state",
+_HOME = {"Canvas": "canvas", "DiffusionLM": "api", "Generation": "generation",
+         "Kernels": "models.kernels", "Result": "state",
          "StopReason": "state", "StreamStep": "generation", "denoise": "denoise", "load": "api"}
 
 

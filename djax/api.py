@@ -21,7 +21,7 @@ from djax.config import ModelConfig
 from djax.denoise import advance, begin, denoise, unfinished
 from djax.generation import Generation, StreamReader, StreamStep, to_generation
 from djax.memory import MemoryEstimate, estimate_memory
-from djax.models import Guided, ModelDenoiser, build
+from djax.models import Guided, Kernels, ModelDenoiser, build, kernels_on
 from djax.prompts import Prompt, encode_prompts
 from djax.recipes import Recipe
 from djax.state import Parts
@@ -49,6 +49,7 @@ def load(
     rules: Any = None,
     mask_id: int | None = None,
     eos_id: int | None = None,
+    kernels: Kernels | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DiffusionLM:
     """Load a LLaDA-MoE checkpoint. Nothing in it is executed: no pickle, no remote code.
@@ -62,6 +63,7 @@ def load(
         rules: logical axis name to mesh axis, see `djax.sharding`; None is its default.
         mask_id: overrides the checkpoint's mask id.
         eos_id: overrides the checkpoint's EOS id.
+        kernels: implementations to run on; None picks the best for the hardware (`djax.models.kernels_on`).
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -79,21 +81,26 @@ def load(
     config = dataclasses.replace(
         config, mask_id=config.mask_id if mask_id is None else mask_id,
         eos_id=config.eos_id if eos_id is None else eos_id)
-    return DiffusionLM(config, params, tokenizer=tokenizer, mesh=mesh)
+    return DiffusionLM(config, params, tokenizer=tokenizer, mesh=mesh, kernels=kernels)
 
 
 class DiffusionLM:
     """A masked-diffusion language model ready to generate: configuration, weights, tokenizer, mesh."""
 
     def __init__(
-        self, config: ModelConfig, params: Params, *, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None
+        self, config: ModelConfig, params: Params, *, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        """Wrap loaded weights. `params` is the `nnx.State` (or pure dict) of `djax.models.build(config)`."""
+        """Wrap loaded weights. `params` is the `nnx.State` (or pure dict) of `djax.models.build(config)`.
+
+        `kernels` names the implementations to run on; None takes `djax.models.kernels_on(mesh)`.
+        """
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self.denoiser = ModelDenoiser(nnx.split(build(config))[0])
+        chosen = kernels_on(mesh) if kernels is None else kernels
+        self.denoiser = ModelDenoiser(nnx.split(build(config, kernels=chosen))[0])
         self._compiled = 0
         self._denoise = self._jit(_denoise)
         self._begin = self._jit(_begin)

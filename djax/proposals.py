@@ -6,19 +6,33 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from djax import struct
-from djax.types import Candidates, Logits, Propose
+from djax.types import Candidates, Logits, Noise, Propose, Reading
+from kernels_pallas import gumbel_noise
 
 
 @struct.dataclass
 class Greedy:
     """The most probable token; the lowest id among equals."""
 
+    @property
+    def reads(self) -> bool:
+        """True."""
+        return True
+
     def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """Candidates with their probability and log-prob at temperature 1."""
         return _candidates(logits, first_argmax(logits), tokens, jnp.float32(1.0))
+
+    def noise(self, keys: Key[Array, "B"], block_length: int) -> Noise | None:
+        """None."""
+        return None
+
+    def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
+        """The same from a reading."""
+        return _candidates_of(reading, tokens)
 
 
 @struct.dataclass
@@ -32,16 +46,29 @@ class Sample:
 
     temperature: float | Float[Array, ""]
 
+    @property
+    def reads(self) -> bool:
+        """True."""
+        return True
+
     def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """Candidates with their probability at temperature 1 and log-prob at the sampling temperature."""
         temperature = jnp.asarray(self.temperature, jnp.float32)
 
         def draw() -> Int[Array, "B L"]:
-            noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32, mode="high"))(keys)
-            return first_argmax(logits + temperature * noise)
+            words = noise_keys(keys, logits.shape[1])[:, :, None]
+            return first_argmax(logits + temperature * gumbel_noise(words, jnp.arange(logits.shape[-1])))
 
         token = jax.lax.cond(temperature > 0, draw, lambda: first_argmax(logits))
         return _candidates(logits, token, tokens, jnp.where(temperature > 0, temperature, 1.0))
+
+    def noise(self, keys: Key[Array, "B"], block_length: int) -> Noise | None:
+        """The noise of every position, from the same words as in `step`."""
+        return Noise(temperature=jnp.asarray(self.temperature, jnp.float32), keys=noise_keys(keys, block_length))
+
+    def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
+        """The same from a reading."""
+        return _candidates_of(reading, tokens)
 
 
 @struct.dataclass
@@ -55,11 +82,31 @@ class RefuseToken:
     propose: Propose
     token_id: int | Int[Array, ""]
 
+    @property
+    def reads(self) -> bool:
+        """Whether the inner one does."""
+        return getattr(self.propose, "reads", False)
+
     def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """The inner candidates, with confidence -inf where the token is refused."""
-        candidates = self.propose.step(keys, logits, tokens)
+        return self._refuse(self.propose.step(keys, logits, tokens))
+
+    def noise(self, keys: Key[Array, "B"], block_length: int) -> Noise | None:
+        """The inner one's."""
+        return self.propose.noise(keys, block_length)  # type: ignore[attr-defined]
+
+    def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
+        """The same from a reading."""
+        return self._refuse(self.propose.read(reading, tokens))  # type: ignore[attr-defined]
+
+    def _refuse(self, candidates: Candidates) -> Candidates:
         refused = candidates.token == self.token_id
         return dataclasses.replace(candidates, confidence=jnp.where(refused, -jnp.inf, candidates.confidence))
+
+
+def noise_keys(keys: Key[Array, "B"], block_length: int) -> UInt32[Array, "B L 2"]:
+    """Two random words for every position of each row, from the row's key."""
+    return jax.vmap(lambda key: jax.random.bits(key, (block_length, 2), jnp.uint32))(keys)
 
 
 def first_argmax(logits: Logits) -> Int[Array, "B L"]:
@@ -85,6 +132,17 @@ def _candidates(
         confidence=jnp.exp(chosen - log_total),
         log_prob=chosen / temperature - tempered,
         current=jnp.exp(_at(logits, tokens) - log_total),
+    )
+
+
+def _candidates_of(reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
+    temperature = jnp.float32(1.0) if reading.temperature is None else reading.temperature
+    temperature = jnp.where(temperature > 0, temperature, 1.0)
+    return Candidates(
+        token=reading.drawn,
+        confidence=jnp.exp(reading.drawn_logit - reading.log_total),
+        log_prob=reading.drawn_logit / temperature - reading.log_total_tempered,
+        current=jnp.exp(reading.logit_of(tokens) - reading.log_total),
     )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from djax import struct
 
@@ -61,6 +62,75 @@ class Candidates:
     """log-probability of `token` under the distribution it was drawn from (temperature 1 when greedy)."""
     current: Float[Array, "B L"]
     """Probability, at temperature 1, of the token that the canvas holds now."""
+
+
+@struct.dataclass
+class Forbidden:
+    """Tokens that must not be proposed."""
+
+    ids: Int[Array, "n"]
+    """Negative ones forbid nothing."""
+    limit: Int[Array, ""]
+    """Every id from here on is forbidden too."""
+
+
+# NumPy: making a JAX array would start the backend on import
+FORBID_NOTHING = Forbidden(ids=np.zeros(0, np.int32), limit=np.int32(2**31 - 1))  # type: ignore[arg-type]
+"""Every token is allowed."""
+
+
+@struct.dataclass
+class Noise:
+    """What turns the most probable token into a draw: the largest of logits + temperature * Gumbel noise."""
+
+    temperature: Float[Array, ""]
+    """0 draws the most probable token."""
+    keys: UInt32[Array, "B L 2"]
+    """Two random words per position; the noise is a function of them and of the token's id (`gumbel_noise`)."""
+
+
+@struct.dataclass
+class HeadQuery:
+    """What a step wants to know of the vocabulary when no part needs all logits; see `Denoiser.read`."""
+
+    ids: Int[Array, "B L A"]
+    """Tokens whose logits are wanted; a negative id asks for nothing."""
+    forbidden: Forbidden
+    noise: Noise | None
+    """None where nothing is drawn."""
+
+
+@struct.dataclass
+class Reading:
+    """What a head says about each position, the vocabulary already gone. Probabilities are over allowed tokens.
+
+    Logits and log-sums are float32; a forbidden token's logit is -inf.
+    """
+
+    ids: Int[Array, "B L A"]
+    """Those of the query."""
+    logits: Float[Array, "B L A"]
+    """Their logits; -inf for a negative id."""
+    noise: Float[Array, "B L A"]
+    """Their Gumbel noise; zeros where nothing is drawn, as in the other two."""
+    best: Int[Array, "B L"]
+    """The most probable token, the lowest id among equals."""
+    best_logit: Float[Array, "B L"]
+    best_noise: Float[Array, "B L"]
+    drawn: Int[Array, "B L"]
+    """The draw; the most probable token where nothing is drawn."""
+    drawn_logit: Float[Array, "B L"]
+    drawn_noise: Float[Array, "B L"]
+    log_total: Float[Array, "B L"]
+    """logsumexp of the logits; NaN where any logit is."""
+    log_total_tempered: Float[Array, "B L"]
+    """logsumexp(logits / temperature); `log_total` at temperature 0 and where nothing is drawn."""
+    temperature: Float[Array, ""] | None
+    """The query's; None where nothing is drawn."""
+
+    def logit_of(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
+        """Logits of tokens that were asked for; -inf for others."""
+        return jnp.max(jnp.where(self.ids == tokens[..., None], self.logits, -jnp.inf), axis=-1, initial=-jnp.inf)
 
 
 @struct.dataclass
@@ -132,6 +202,28 @@ class Denoiser(Protocol):
         ...
 
 
+class ReadingDenoiser(Denoiser, Protocol):
+    """A denoiser that can answer a `HeadQuery` without holding the logits of the vocabulary.
+
+    The loop asks it to if `reads` is True and transform and proposal read too; a denoiser without `reads` is
+    always asked for logits.
+    """
+
+    @property
+    def reads(self) -> bool:
+        """Whether `read` may be called."""
+        ...
+
+    def read(
+        self, params: Params, hidden: Hidden, query: HeadQuery, *, expected: bool
+    ) -> tuple[Reading, Float[Array, "B L D"] | None]:
+        """The reading of hidden states, and with `expected` their expected embeddings over the whole vocabulary.
+
+        The latter are `softmax(logits) @ W_embed` with nothing forbidden.
+        """
+        ...
+
+
 class Transform(Protocol):
     """Logits to logits, with a state that lives for one block."""
 
@@ -144,11 +236,52 @@ class Transform(Protocol):
         ...
 
 
+class ReadingTransform(Transform, Protocol):
+    """A transform that can do with a `Reading`: it forbids tokens, or changes logits of a few tokens it can name.
+
+    A transform without `reads` is always given logits. Both ways give the same candidates.
+    """
+
+    @property
+    def reads(self) -> bool:
+        """Whether the other methods may be called in place of `step`."""
+        ...
+
+    def forbidden(self) -> Forbidden:
+        """What it drops from the vocabulary."""
+        ...
+
+    def asks(self, state: PartState) -> Int[Array, "B L S"] | None:
+        """Tokens whose logits it has to know, negative for none; None if it never needs any."""
+        ...
+
+    def adjust(self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Reading, PartState]:
+        """The reading of the transformed logits, and the next state."""
+        ...
+
+
 class Propose(Protocol):
     """Logits to candidates. The vocabulary axis ends here."""
 
     def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """One candidate per position; `tokens` are the block's tokens now; row i only uses `keys[i]`."""
+        ...
+
+
+class ReadingPropose(Propose, Protocol):
+    """A proposal that can do with a `Reading`. A proposal without `reads` is always given logits."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether the other methods may be called in place of `step`."""
+        ...
+
+    def noise(self, keys: Key[Array, "B"], block_length: int) -> Noise | None:
+        """What the query needs to draw; None to propose the most probable token."""
+        ...
+
+    def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
+        """One candidate per position, as `step` would give it; `tokens` are among the reading's ids."""
         ...
 
 

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import gumbel_noise
+
 RELIABLE = 1e-5
 LENGTH, END_OF_SEQUENCE, NAN, MAX_STEPS = range(4)
 
@@ -176,7 +178,8 @@ Propose = Callable[[np.ndarray, Step], tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _gumbel(key: Any, rows: int, columns: int) -> jax.Array:
-    return jax.random.gumbel(key, (rows, columns), jnp.float32, mode="high")
+    words = jax.random.bits(key, (rows, 2), jnp.uint32)
+    return gumbel_noise(words[:, None], jnp.arange(columns))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -1,6 +1,6 @@
 """Replay dInfer's recorded traces through `lm.generate`: tokens exactly, steps as NFE, in float32.
 
-    python -m tests.replay_goldens DIR [DIR ...]
+    python -m tests.replay_goldens DIR [DIR ...] [--kernels moe=reference,unembed=xla_stream]
 
 A directory holds config.json, model.safetensors and cases.jsonl (see tests/goldens/llada_moe/README.md).
 Prints every case that differs, and ends with "N passed, M failed".
@@ -64,9 +64,13 @@ def replay(lm: djax.DiffusionLM, case: Case) -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.replay_goldens", description=__doc__.splitlines()[0])
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--kernels", default="", help="implementations to run on, op=name with commas; default: the best ones")
+    given = parser.parse_args(arguments)
+    kernels = djax.Kernels(**dict(pair.split("=") for pair in given.kernels.split(",") if pair))
     passed = failed = 0
-    for directory in parser.parse_args(arguments).directories:
-        lm = djax.load(directory, dtype="float32")
+    for directory in given.directories:
+        lm = djax.load(directory, dtype="float32", kernels=kernels)
         for number, case in enumerate(read_cases(directory), start=1):
             problem = replay(lm, case)
             passed, failed = passed + (problem is None), failed + (problem is not None)

@@ -19,6 +19,7 @@ LAYERS = [
     {"canvas", "cache"},
     {"transforms", "proposals", "strategies", "cache_policies", "smoothing", "stopping"},
     {"state"},
+    {"step"},
     {"denoise"},
     {"recipes"},
 ]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import djax
 from tests.conftest import GOLDENS
 from tests.replay_goldens import main, read_cases, replay
 
@@ -26,6 +27,19 @@ def test_tokens_and_nfe_equal_dinfer(golden_lm, program):
     for number, case in enumerate(CASES, start=1):
         if _program(case) == program and (problem := replay(golden_lm, case)) is not None:
             problems[number] = problem
+    assert not problems
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [
+    djax.Kernels(moe="reference", attention="reference", unembed="reference"),
+    djax.Kernels(moe="xla_dense", attention="xla", unembed="xla_stream"),
+], ids=["references", "xla"])
+def test_every_implementation_reproduces_them(kernels):
+    """Every third program; `python -m tests.replay_goldens --kernels` replays all."""
+    lm = djax.load(GOLDENS, dtype="float32", kernels=kernels)
+    problems = {number: problem for number, case in enumerate(CASES, start=1)
+                if _program(case) in PROGRAMS[::3] and (problem := replay(lm, case)) is not None}
     assert not problems
 
 

@@ -99,14 +99,14 @@ def assert_as_oracle(result: Result, rows: list[oracle.Row], label: str) -> None
             f"{label}, row {i}")
 
 
-def reliable_seed(make: Any, words: dict[str, Any]) -> tuple[int, Canvas, list[oracle.Row]]:
-    """The first seed whose canvas is decoded without a decision inside float32 error."""
-    for seed in range(20):
+def reliable_seed(make: Any, words: dict[str, Any], *, first: int = 0) -> tuple[int, Canvas, list[oracle.Row]]:
+    """The first seed from `first` on whose canvas is decoded without a decision inside float32 error."""
+    for seed in range(first, first + 20):
         canvas = make(seed)
         rows = oracle_rows(canvas, jax.random.key(seed), words)
         if min(row.margin for row in rows) > oracle.RELIABLE:
             return seed, canvas, rows
-    raise AssertionError("no seed below 20 has reliable margins")
+    raise AssertionError(f"no seed from {first} to {first + 19} has reliable margins")
 
 
 # --- the toy itself ---
@@ -176,10 +176,15 @@ def test_window_as_wide_as_the_canvas_is_exact() -> None:
 # --- rows apart ---
 
 
+FIRST_SEED = {"greedy": 0, "everything": 27}
+"""Sixteen rows make many decisions: one seed in twenty or so leaves all of them clear, and the search takes long."""
+
+
 @functools.cache
 def sixteen(setting: str) -> tuple[int, Canvas, list[oracle.Row], Result]:
     parts, words = SETTINGS[setting]
-    seed, canvas, rows = reliable_seed(lambda seed: canvas_of(prompts_of(list(range(1, 17)), seed)), words)
+    seed, canvas, rows = reliable_seed(
+        lambda seed: canvas_of(prompts_of(list(range(1, 17)), seed)), words, first=FIRST_SEED[setting])
     return seed, canvas, rows, run(PARAMS, canvas, jax.random.key(seed), parts)
 
 
@@ -508,6 +513,6 @@ def test_head_in_chunks_is_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     seed, canvas, rows = reliable_seed(lambda seed: canvas_of(prompts_of([3, 5], seed)), words)
     for chunk in (4, 7, 10):
         # The package's attribute of that name is the function.
-        monkeypatch.setattr(importlib.import_module("djax.denoise"), "HEAD_CHUNK", chunk)
+        monkeypatch.setattr(importlib.import_module("djax.step"), "HEAD_CHUNK", chunk)
         fresh = jax.jit(lambda *given: denoise(toy.ToyDenoiser(), PARAMS, *given, **parts))
         assert_as_oracle(fresh(canvas, jax.random.key(seed)), rows, f"chunk {chunk}, seed {seed}")

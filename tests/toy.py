@@ -15,6 +15,8 @@ import numpy as np
 
 from djax import struct
 from djax.cache import KVCache
+from djax.models.head import read_head
+from djax.types import HeadQuery, Reading
 
 VOCAB = 24
 WIDTH = 16
@@ -63,6 +65,8 @@ class ToyDenoiser:
     """Two attention layers with one head; `sharpness` scales the logits."""
 
     sharpness: Any = 1.0
+    reads: bool = struct.field(pytree_node=False, default=True)
+    """False gives the loop logits only."""
 
     @property
     def vocab_size(self) -> int:
@@ -107,6 +111,12 @@ class ToyDenoiser:
 
     def unembed(self, params: Any, hidden: jax.Array) -> jax.Array:
         return self.sharpness * _matmul(hidden, params["head"])
+
+    def read(
+        self, params: Any, hidden: jax.Array, query: HeadQuery, *, expected: bool
+    ) -> tuple[Reading, jax.Array | None]:
+        embed = jnp.asarray(params["embed"]) if expected else None
+        return read_head(self.sharpness * hidden, jnp.asarray(params["head"]).T, query, embed=embed)
 
     def expected_embedding(self, params: Any, logits: jax.Array) -> jax.Array:
         return _matmul(jax.nn.softmax(logits.astype(jnp.float32), -1), params["embed"])

@@ -2,6 +2,10 @@
 
 from djax.models.build import abstract_params, build, init_params, logical_axes
 from djax.models.denoiser import Guided, ModelDenoiser
+from djax.models.kernels import Kernels, kernels_on
 from djax.models.llada_moe import LladaMoe
 
-__all__ = ["Guided", "LladaMoe", "ModelDenoiser", "abstract_params", "build", "init_params", "logical_axes"]
+__all__ = [
+    "Guided", "Kernels", "LladaMoe", "ModelDenoiser", "abstract_params", "build", "init_params", "kernels_on",
+    "logical_axes",
+]

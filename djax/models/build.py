@@ -8,20 +8,21 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from djax.config import LladaMoeConfig, ModelConfig
+from djax.models.kernels import Kernels
 from djax.models.llada_moe import LladaMoe
 
 _ARCHITECTURES: dict[type, type[LladaMoe]] = {LladaMoeConfig: LladaMoe}
 
 
-def _construct(config: ModelConfig, rngs: nnx.Rngs, moe_implementation: str | None) -> LladaMoe:
+def _construct(config: ModelConfig, rngs: nnx.Rngs, kernels: Kernels) -> LladaMoe:
     if type(config) not in _ARCHITECTURES:
         raise ValueError(
             f"config: got a {type(config).__name__}; there are models for "
             f"{', '.join(kind.__name__ for kind in _ARCHITECTURES)}")
-    return _ARCHITECTURES[type(config)](config, rngs=rngs, moe_implementation=moe_implementation)
+    return _ARCHITECTURES[type(config)](config, rngs=rngs, kernels=kernels)
 
 
-def build(config: ModelConfig, *, moe_implementation: str | None = None) -> LladaMoe:
+def build(config: ModelConfig, *, kernels: Kernels = Kernels()) -> LladaMoe:
     """The model with `jax.ShapeDtypeStruct` in place of every parameter.
 
     `nnx.split(build(config))` gives the graphdef that `ModelDenoiser` holds and the tree that a loader fills.
@@ -29,7 +30,7 @@ def build(config: ModelConfig, *, moe_implementation: str | None = None) -> Llad
     Raises:
         ValueError: no model for this kind of configuration.
     """
-    return nnx.eval_shape(lambda: _construct(config, nnx.Rngs(0), moe_implementation))
+    return nnx.eval_shape(lambda: _construct(config, nnx.Rngs(0), kernels))
 
 
 def abstract_params(config: ModelConfig) -> nnx.State:
@@ -53,11 +54,11 @@ def logical_axes(config: ModelConfig) -> dict[Any, Any]:
 
 
 def init_params(
-    config: ModelConfig, key: Key[Array, ""], *, moe_implementation: str | None = None
+    config: ModelConfig, key: Key[Array, ""], *, kernels: Kernels = Kernels()
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The graphdef and random parameters drawn from `key`, in the config's dtype.
 
     Raises:
         ValueError: no model for this kind of configuration.
     """
-    return nnx.split(_construct(config, nnx.Rngs(params=key), moe_implementation))
+    return nnx.split(_construct(config, nnx.Rngs(params=key), kernels))

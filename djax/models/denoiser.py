@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from djax import struct
-from djax.types import Cache, Denoiser, Hidden, Logits, Params, Positions
+from djax.types import Cache, Denoiser, HeadQuery, Hidden, Logits, Params, Positions, Reading
 
 
 @struct.dataclass
@@ -65,6 +65,18 @@ class ModelDenoiser:
     def expected_embedding(self, params: Params, logits: Logits) -> Float[Array, "B L D"]:
         """`softmax(logits) @ W_embed`, the softmax in float32."""
         return self._model(params).expected_embedding(logits)
+
+    @property
+    def reads(self) -> bool:
+        """True."""
+        return True
+
+    def read(
+        self, params: Params, hidden: Hidden, query: HeadQuery, *, expected: bool
+    ) -> tuple[Reading, Float[Array, "B L D"] | None]:
+        """What a query asks of the logits; see `djax.types.ReadingDenoiser.read`."""
+        model = self._model(params)
+        return model.read(model.finish(hidden), query, expected=expected)
 
     def _model(self, params: Params) -> Any:
         return nnx.merge(self.graphdef, params)

@@ -16,19 +16,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from djax.cache import KVCache, LayerCache
 from djax.config import LladaMoeConfig
-from djax.models.layers import Rotation, attend, contract, from_heads, rms_norm, rotary_angles, rotate, to_heads
+from djax.models.head import read_head
+from djax.models.kernels import Kernels
+from djax.models.layers import Rotation, contract, from_heads, rms_norm, rotary_angles, rotate, to_heads
 from djax.models.log_probs import token_log_probs
 from djax.models.moe import MixtureOfExperts
 from djax.models.parameters import normal, ones
+from djax.types import HeadQuery, Reading
+from kernels_pallas import attention
 
 
 class Attention(nnx.Module):
     """Attention over the whole canvas, with an RMSNorm on every query and key head before the rotation."""
 
-    def __init__(self, config: LladaMoeConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LladaMoeConfig, *, rngs: nnx.Rngs, attention_implementation: str | None = None
+    ) -> None:
         model, width, dtype = config.hidden_size, config.head_dim, config.dtype
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        self.config = config
+        self.config, self.implementation = config, attention_implementation
         self.query = normal(rngs, (heads, width, model), axes=("heads", "head_dim", "embed"), dtype=dtype)
         kv_shape, kv_axes = (kv_heads, width, model), ("kv_heads", "head_dim", "embed")
         self.key = normal(rngs, kv_shape, axes=kv_axes, dtype=dtype)
@@ -56,7 +62,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.write(key, value, window_start=window_start, write=write)
             key, value = cache.key, cache.value
-        mixed = attend(query, key, value, key_mask=key_mask)
+        mixed = attention(query, key, value, key_mask=key_mask, implementation=self.implementation)
         return from_heads(mixed, self.output[...]), cache
 
 
@@ -64,13 +70,13 @@ class Layer(nnx.Module):
     """Attention, then experts, each behind a norm and added to the residual stream."""
 
     def __init__(
-        self, config: LladaMoeConfig, *, rngs: nnx.Rngs, moe_implementation: str | None = None
+        self, config: LladaMoeConfig, *, rngs: nnx.Rngs, kernels: Kernels = Kernels()
     ) -> None:
         self.config = config
         self.attention_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs, attention_implementation=kernels.attention)
         self.moe_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
-        self.moe = MixtureOfExperts(config, rngs=rngs, moe_implementation=moe_implementation)
+        self.moe = MixtureOfExperts(config, rngs=rngs, moe_implementation=kernels.moe)
 
     def __call__(
         self,
@@ -115,18 +121,14 @@ class LladaMoe(nnx.Module):
     """LLaDA-MoE (arXiv 2509.24389): tokens to hidden states to position-aligned logits (no shift)."""
 
     def __init__(
-        self, config: LladaMoeConfig, *, rngs: nnx.Rngs, moe_implementation: str | None = None
+        self, config: LladaMoeConfig, *, rngs: nnx.Rngs, kernels: Kernels = Kernels()
     ) -> None:
-        """Random weights: normal with standard deviation 0.02, norms one.
-
-        `moe_implementation` names the experts' implementation (see `kernels_pallas.moe`); None picks it for
-        every call.
-        """
+        """Random weights: normal with standard deviation 0.02, norms one."""
         shape = (config.vocab_size, config.hidden_size)
-        self.config = config
+        self.config, self.kernels = config, kernels
         self.embed = normal(rngs, shape, axes=("vocab", "embed"), dtype=config.dtype)
         self.layers = nnx.List([
-            Layer(config, rngs=rngs, moe_implementation=moe_implementation)
+            Layer(config, rngs=rngs, kernels=kernels)
             for _ in range(config.num_layers)])
         self.norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
         self.head = normal(rngs, shape, axes=("vocab", "embed"), dtype=config.dtype)
@@ -214,8 +216,8 @@ class LladaMoe(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "N B T E"]]:
         """For training: hidden states of whole canvases after the final norm, and every layer's router logits.
 
-        `key_mask` says which positions are seen, by all or by each (see `attend`). With `remat` a layer's activations
-        are computed again in the backward pass instead of being kept.
+        `key_mask` says which positions are seen, by all or by each (see `kernels_pallas.attention`). With `remat` a
+        layer's activations are computed again in the backward pass instead of being kept.
         """
         rotation = self.rotation(positions)
 
@@ -243,6 +245,14 @@ class LladaMoe(nnx.Module):
         """float32 logits; position i's logits are about the token at position i."""
         with jax.named_scope("head"):
             return contract("bld,vd->blv", hidden, self.head[...], dtype=jnp.float32)
+
+    def read(
+        self, hidden: Float[Array, "B L D"], query: HeadQuery, *, expected: bool
+    ) -> tuple[Reading, Float[Array, "B L D"] | None]:
+        """What a query asks of the logits, without them; with `expected` also `expected_embedding`."""
+        with jax.named_scope("head"):
+            return read_head(hidden, self.head[...], query, embed=self.embed[...] if expected else None,
+                             implementation=self.kernels.unembed)
 
     def expected_embedding(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L D"]:
         """`softmax(logits) @ embed`, the softmax in float32, its result rounded to the weights' dtype."""

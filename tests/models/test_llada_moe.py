@@ -13,7 +13,7 @@ from flax import nnx
 
 from djax.cache import KVCache
 from djax.config import LladaMoeConfig
-from djax.models import ModelDenoiser, abstract_params, build, init_params, logical_axes
+from djax.models import Kernels, ModelDenoiser, abstract_params, build, init_params, logical_axes
 
 from . import golden
 
@@ -277,6 +277,6 @@ def test_an_unknown_configuration_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["reference", "xla_dense"])
 def test_the_experts_implementation_can_be_named(params: Any, name: str) -> None:
-    denoiser = ModelDenoiser(nnx.split(build(golden.CONFIG, moe_implementation=name))[0])
+    denoiser = ModelDenoiser(nnx.split(build(golden.CONFIG, kernels=Kernels(moe=name)))[0])
     got, _ = forward(params, np.array([golden.prompts()[2]]), denoiser=denoiser)
     assert relative(got, golden.logits()["prompt_2"]) < 5e-6

@@ -1,0 +1,79 @@
+"""No change, and forbidden tokens."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from djax import struct
+from djax.types import FORBID_NOTHING, Forbidden, Logits, PartState, Reading
+
+
+@struct.dataclass
+class Identity:
+    """Leaves the logits as they are."""
+
+    @property
+    def reads(self) -> bool:
+        """True."""
+        return True
+
+    def init(self, batch: int, block_length: int) -> PartState:
+        """No state."""
+        return ()
+
+    def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
+        """The same logits."""
+        return logits, state
+
+    def forbidden(self) -> Forbidden:
+        """Nothing."""
+        return FORBID_NOTHING
+
+    def asks(self, state: PartState) -> Int[Array, "B L S"] | None:
+        """None."""
+        return None
+
+    def adjust(self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Reading, PartState]:
+        """The same reading."""
+        return reading, state
+
+
+@struct.dataclass
+class ForbidTokens:
+    """Drops `token_ids`, and every id from `vocab_limit` on (the vocabulary is padded past the tokenizer)."""
+
+    token_ids: Int[Array, "n"]
+    vocab_limit: int | Int[Array, ""] | None = None
+
+    @property
+    def reads(self) -> bool:
+        """True."""
+        return True
+
+    def init(self, batch: int, block_length: int) -> PartState:
+        """No state."""
+        return ()
+
+    def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
+        """Logits with -inf on the forbidden ids."""
+        ids = jnp.arange(logits.shape[-1])
+        # A comparison fuses with its neighbours where a scatter would write the logits once more.
+        forbidden = (ids[:, None] == jnp.atleast_1d(jnp.asarray(self.token_ids))[None]).any(-1)
+        if self.vocab_limit is not None:
+            forbidden |= ids >= self.vocab_limit
+        return jnp.where(forbidden, -jnp.inf, logits), state
+
+    def forbidden(self) -> Forbidden:
+        """Its tokens, which the head then leaves out."""
+        limit = FORBID_NOTHING.limit if self.vocab_limit is None else self.vocab_limit
+        return Forbidden(ids=jnp.atleast_1d(jnp.asarray(self.token_ids, jnp.int32)),
+                         limit=jnp.asarray(limit, jnp.int32))
+
+    def asks(self, state: PartState) -> Int[Array, "B L S"] | None:
+        """None."""
+        return None
+
+    def adjust(self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Reading, PartState]:
+        """The same reading: the tokens are not in it."""
+        return reading, state
