@@ -6,17 +6,30 @@ import dataclasses
 
 from jax.sharding import Mesh
 
+from kernels_pallas.attention import IMPLEMENTATIONS as ATTENTION
+from kernels_pallas.moe import IMPLEMENTATIONS as MOE
+from kernels_pallas.unembed import IMPLEMENTATIONS as UNEMBED
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
     """Names of the implementations of each op of `kernels_pallas`; None picks the best for every call.
 
     A named one is never replaced by another: a call that it does not support raises NotImplementedError.
+
+    Raises:
+        ValueError: an op has no implementation of that name.
     """
 
     moe: str | None = None
     attention: str | None = None
     unembed: str | None = None
+
+    def __post_init__(self) -> None:
+        for op, names in (("moe", MOE), ("attention", ATTENTION), ("unembed", UNEMBED)):
+            chosen = getattr(self, op)
+            if chosen is not None and chosen not in names:
+                raise ValueError(f"{op}: got {chosen!r}; there are {', '.join(map(repr, names))}, or None to pick one")
 
 
 def kernels_on(mesh: Mesh | None) -> Kernels:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from djax.cache import KVCache
 from djax.config import LladaMoeConfig
-from djax.models import Kernels, ModelDenoiser, abstract_params, build, init_params, logical_axes
+from djax.models import Kernels, ModelDenoiser, abstract_params, build, init_params, kernels_on, logical_axes
 
 from . import golden
 
@@ -280,3 +280,9 @@ def test_the_experts_implementation_can_be_named(params: Any, name: str) -> None
     denoiser = ModelDenoiser(nnx.split(build(golden.CONFIG, kernels=Kernels(moe=name)))[0])
     got, _ = forward(params, np.array([golden.prompts()[2]]), denoiser=denoiser)
     assert relative(got, golden.logits()["prompt_2"]) < 5e-6
+
+
+def test_kernels_are_checked_where_they_are_named() -> None:
+    with pytest.raises(ValueError, match=r"attention: got 'flash'; there are 'reference', 'xla', .* or None"):
+        Kernels(attention="flash")
+    assert kernels_on(None) == Kernels()
