@@ -58,8 +58,8 @@ LOOP = {"batch": 1, "block": 64, "cache": "vicinity", "command_buffers": "while"
 TARGETS = (
     Target(name="decode MoE layer, 96 rows", group="moe", shape={"rows": 96, "weights": None},
            implementations=KERNELS, figure=copy_share, limit=80, unit="% of copy bandwidth", at_most=False),
-    Target(name="head, 64 rows", group="unembed", shape={"rows": 64}, implementations=KERNELS, figure=copy_share,
-           limit=75, unit="% of copy bandwidth", at_most=False),
+    Target(name="head, 64 rows", group="unembed", shape={"rows": 64, "expected": None}, implementations=KERNELS,
+           figure=copy_share, limit=75, unit="% of copy bandwidth", at_most=False),
     Target(name="windowed forward, 96 of 1200", group="forward", shape=MAIN, implementations=("djax",),
            figure=milliseconds, limit=4.0, unit="ms", at_most=True),
     Target(name="windowed forward, 96 of 1200, goal", group="forward", shape=MAIN, implementations=("djax",),

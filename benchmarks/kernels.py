@@ -25,6 +25,7 @@ from benchmarks.ops import (
     chained,
     moe_op,
     quantized_op,
+    smoothing_op,
     unembed_op,
 )
 from benchmarks.roofline import Ceilings
@@ -91,6 +92,12 @@ def op_cases(sizes: Sizes, ceilings: Ceilings, groups: Sequence[str]) -> Iterabl
         for name in ("reference", *candidates(UNEMBED)):  # the reference is the plain head, all logits in memory
             read = lambda hidden, head, at, forbidden, limit, name=name: unembed(  # noqa: E731
                 hidden, head, at=at, forbidden=forbidden, vocab_limit=limit, implementation=name)
+            yield op.case(name, read, sizes, ceilings)
+    for rows in (window,) if "unembed" in groups else ():
+        op = smoothing_op(drawn, rows, 0)
+        for name in ("reference", *candidates(UNEMBED)):
+            read = lambda hidden, head, at, forbidden, limit, embedding, name=name: unembed(  # noqa: E731
+                hidden, head, at=at, forbidden=forbidden, vocab_limit=limit, embedding=embedding, implementation=name)
             yield op.case(name, read, sizes, ceilings)
 
 

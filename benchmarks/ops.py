@@ -111,6 +111,11 @@ class Drawn:
         shape = (config.vocab_size, config.hidden_size)
         return self._keep("head", lambda: self.normal(shape, config.hidden_size**-0.5, seed=4))
 
+    def embedding(self) -> Any:
+        """The input embedding, an array of its own."""
+        config = self.sizes.config
+        return self._keep("embedding", lambda: self.normal((config.vocab_size, config.hidden_size), seed=10))
+
     def rows(self, count: int, seed: int = 5) -> Any:
         """Hidden states."""
         return self.normal((count, self.sizes.config.hidden_size), seed=seed)
@@ -205,3 +210,13 @@ def unembed_op(drawn: Drawn, rows: int, priority: int) -> Op:
         operands=abstract(((rows, config.hidden_size), config.dtype),
                           ((config.vocab_size, config.hidden_size), config.dtype), ((rows, 1), "int32"),
                           ((1,), "int32"), ((), "int32")))
+
+
+def smoothing_op(drawn: Drawn, rows: int, priority: int) -> Op:
+    """The head as iteration smoothing asks it: the expected embedding too, for which all of that is read."""
+    config, plain = drawn.sizes.config, unembed_op(drawn, rows, priority)
+    vocabulary = ((config.vocab_size, config.hidden_size), config.dtype)
+    return dataclasses.replace(
+        plain, shape={"rows": rows, "expected": "yes"}, operands=(*plain.operands, *abstract(vocabulary)),
+        cost=roofline.unembed(config, rows, expected=True),
+        draw=lambda: [(*operands, drawn.embedding()) for operands in plain.draw()])

@@ -92,13 +92,19 @@ def projections(config: LladaMoeConfig, rows: int) -> Cost:
     return Cost(bytes=(weights + 2 * rows * kv_width) * ACTIVATION_BYTES, flops=2 * rows * weights)
 
 
-def unembed(config: LladaMoeConfig, rows: int, *, logits_in_memory: bool = False) -> Cost:
+def unembed(
+    config: LladaMoeConfig, rows: int, *, logits_in_memory: bool = False, expected: bool = False
+) -> Cost:
     """The vocabulary head on `rows` positions and what a step reads of it (a few numbers a row).
 
-    With `logits_in_memory` float32 logits are written and read once more.
+    With `logits_in_memory` float32 logits are written and read once more. With `expected` the embedding is read too,
+    and a row of it written for each position.
     """
     weights = config.vocab_size * config.hidden_size
     logits = 2 * 4 * rows * config.vocab_size if logits_in_memory else 0
+    if expected:
+        plain = unembed(config, rows, logits_in_memory=logits_in_memory)
+        return plain + Cost(bytes=(weights + rows * config.hidden_size) * ACTIVATION_BYTES, flops=2 * rows * weights)
     return Cost(bytes=(weights + rows * config.hidden_size) * ACTIVATION_BYTES + logits + 4 * 4 * rows,
                 flops=2 * rows * weights)
 

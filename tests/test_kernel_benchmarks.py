@@ -51,6 +51,9 @@ def test_the_head_is_644_megabytes() -> None:
     cost = roofline.unembed(FULL.config, 64)
     assert cost.bytes == pytest.approx(643.8e6, rel=1e-3)
     assert cost.flops == 2 * 64 * 157184 * 2048
+    smoothed = roofline.unembed(FULL.config, 64, expected=True)
+    assert smoothed.bytes == pytest.approx(2 * 643.8e6, rel=1e-3)
+    assert smoothed.flops == 2 * cost.flops
 
 
 def test_eight_bit_experts_are_half_the_bytes_and_their_scales() -> None:

@@ -12,9 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from kernels_pallas.hardware import current_platform
 from kernels_pallas.unembed.noise import gumbel_noise_of
 from kernels_pallas.unembed.types import NO_ID, Call, Readout
 
+LARGEST_GATHER = 2**24
+"""Numbers of the head's rows that `logits_at` gathers at once where they have to be in memory."""
 LARGEST_ID = 2**31 - 1
 
 
@@ -215,11 +218,19 @@ def finish(
 
 
 def logits_at(call: Call, readable: Bool[Array, "N A"]) -> Float[Array, "N A"]:
-    """Logits of `call.at` from the head's own rows: a gather and a float32 sum of products, fused on a GPU."""
+    """Logits of `call.at` from the head's own rows: a gather and a float32 sum of products.
+
+    A GPU fuses the two. Elsewhere the rows are in memory, so of many they are taken one id of each row at a time.
+    """
     if call.at.shape[1] == 0:
         return jnp.zeros(call.at.shape, jnp.float32)
     place = call.at - call.first_id
     inside = (place >= 0) & (place < call.head.shape[0]) & readable
-    rows = call.head[jnp.clip(place, 0, call.head.shape[0] - 1)]
-    products = rows.astype(jnp.float32) * call.hidden[:, None].astype(jnp.float32)
-    return jnp.where(inside, jnp.sum(products, axis=-1), -jnp.inf)
+    place = jnp.clip(place, 0, call.head.shape[0] - 1)
+
+    def products(ids: Int[Array, "N *A"]) -> Float[Array, "N *A"]:
+        hidden = call.hidden if ids.ndim == 1 else call.hidden[:, None]
+        return jnp.sum(call.head[ids].astype(jnp.float32) * hidden.astype(jnp.float32), axis=-1)
+
+    one_by_one = current_platform() != "gpu" and place.size * call.head.shape[1] > LARGEST_GATHER
+    return jnp.where(inside, lax.map(products, place.T).T if one_by_one else products(place), -jnp.inf)

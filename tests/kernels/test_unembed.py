@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import Readout, unembed, unembed_choice
-from kernels_pallas.unembed import IMPLEMENTATIONS
+from kernels_pallas.unembed import IMPLEMENTATIONS, running
 from kernels_pallas.unembed.xla_stream import chunk_length, unembed_xla_stream
 
 from .unembed_cases import CASES, PLAIN, Case, operands, oracle
@@ -46,6 +46,22 @@ def test_a_loop_written_out_is_the_same() -> None:
     arrays, options = operands(case, SEED)
     run = jitted(partial(unembed_xla_stream, chunk=150, unrolled=True))
     check(run(*arrays, **options), oracle(*arrays, **options), case.dtype)
+
+
+def test_many_asked_ids_are_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same logits without their rows of the head in memory at once."""
+    case = next(case for case in CASES if case.name == "bfloat16")
+    arrays, options = operands(case, SEED)
+    assert options["at"].shape[1] > 1
+    at_once = jitted(partial(unembed_xla_stream, chunk=128))(*arrays, **options).at
+    monkeypatch.setattr(running, "LARGEST_GATHER", 0)
+    lowered = jax.jit(partial(unembed, implementation="xla_stream")).lower(*arrays, at=options["at"])
+    got, allowed = lowered.compile()(*arrays, at=options["at"]).at, np.isfinite(at_once)
+    assert allowed.sum() > len(allowed)
+    np.testing.assert_allclose(got[allowed], at_once[allowed], rtol=1e-6)
+    hidden, head = arrays
+    gathered = f"{hidden.shape[0]}x{options['at'].shape[1]}x{head.shape[1]}x"
+    assert gathered not in lowered.as_text()
 
 
 def test_a_bad_row_stays_in_its_row(run: Callable[..., Readout]) -> None:
