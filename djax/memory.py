@@ -12,7 +12,10 @@ from djax.recipes import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes over all devices; temporaries are the largest that live at once, the rest lives throughout."""
+    """Bytes over all devices; temporaries are the largest that live at once, the rest lives throughout.
+
+    Temporaries are those of XLA's own operations, an upper bound: kernels hold neither logits nor attention scores.
+    """
 
     parameters: int
     cache: int
