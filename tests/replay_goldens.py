@@ -67,7 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--kernels", default="", help="implementations to run on, op=name with commas; default: the best ones")
     given = parser.parse_args(arguments)
-    kernels = djax.Kernels(**dict(pair.split("=") for pair in given.kernels.split(",") if pair))
+    try:
+        kernels = djax.Kernels(**dict(pair.split("=") for pair in given.kernels.split(",") if pair))
+    except (TypeError, ValueError) as error:
+        parser.error(f"--kernels: {error}")
     passed = failed = 0
     for directory in given.directories:
         lm = djax.load(directory, dtype="float32", kernels=kernels)
