@@ -32,9 +32,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.attention.xla_gradient import with_xla_gradient
+from kernels_pallas.attention.xla import attention_xla
 from kernels_pallas.configs import load_config
+from kernels_pallas.gradient import with_gradient_of
 from kernels_pallas.hardware import device_kind
+from kernels_pallas.interpret import gpu_interpreter
 
 ROWS = 64
 """Rows of a block: the M of one warpgroup's wgmma."""
@@ -238,18 +240,11 @@ def _forward(
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
         kernel_name="attention",
-        **({"interpret": _interpreter()} if interpret else {}),
+        interpret=gpu_interpreter(interpret),
     )(_tile_spans(key_mask, limits, plan), exists, query, key, value, *([] if limits is None else [limits]))
     if plan.splits == 1:
         return outputs[0]
     return _combine(outputs[0], outputs[1], plan, window).astype(value.dtype)
-
-
-def _interpreter() -> Any:
-    """What makes Pallas interpret a kernel on the host."""
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams()
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "interpret"))  # so that a model's layers share one tracing
@@ -270,4 +265,4 @@ def attention_mosaic_gpu(
     if plan is None:
         plan = make_plan(query, key, **load_config("attention", device_kind=device_kind(), regime="mosaic_gpu"))
     forward = functools.partial(_forward, plan=plan, interpret=interpret)
-    return with_xla_gradient(forward)(query, key, value, key_mask, key_limit)
+    return with_gradient_of(attention_xla, forward)(query, key, value, key_mask, key_limit)

@@ -14,8 +14,9 @@ from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, SegmentI
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.attention.support import TPU_LANES
-from kernels_pallas.attention.xla_gradient import with_xla_gradient
+from kernels_pallas.attention.xla import attention_xla
 from kernels_pallas.configs import load_config
+from kernels_pallas.gradient import with_gradient_of
 from kernels_pallas.hardware import device_kind
 
 
@@ -46,4 +47,4 @@ def attention_pallas_tpu(
         exists = key_mask.any(axis=1)[:, None, None, None]
         return jnp.where(exists, jnp.swapaxes(mixed, 1, 2), jnp.zeros((), mixed.dtype))
 
-    return with_xla_gradient(forward)(query, key, value, key_mask, key_limit)
+    return with_gradient_of(attention_xla, forward)(query, key, value, key_mask, key_limit)

@@ -24,16 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.interpret import gpu_interpreter
+
 plgpu: Any = mosaic_gpu  # what it has and how it is called changes with JAX's version
 
 ROW_CHUNK = 512
 """Columns of a row that one program moves. Rows are a grid's last axis: the others end at 65535."""
 WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
-
-
-def interpreter(interpret: bool) -> Any:
-    """What `plgpu.kernel` takes for `interpret`."""
-    return plgpu.InterpretGPUParams() if interpret else None
 
 
 class Tile(NamedTuple):
@@ -146,7 +143,7 @@ def grouped_product(
     return plgpu.kernel(
         body, out_type=jax.ShapeDtypeStruct(shape, dtype), grid=(blocks, width // span),
         grid_names=("block", "column"), kernel_name="moe_gate_up" if pair else "moe_down",
-        interpret=interpreter(interpret), **threads, compiler_params=WARPGROUP)(expert, rows, *matrices, *scales)
+        interpret=gpu_interpreter(interpret), **threads, compiler_params=WARPGROUP)(expert, rows, *matrices, *scales)
 
 
 def _multiply_cast(accumulator: Any, matrix_s: Any, rows_s: Any, *, interpret: bool) -> None:
@@ -238,7 +235,7 @@ def spread_rows(
 
     return plgpu.kernel(
         body, out_type=jax.ShapeDtypeStruct((num_places, model), x.dtype), grid=(model // chunk, rows),
-        grid_names=("chunk", "row"), kernel_name="moe_spread", interpret=interpreter(interpret),
+        grid_names=("chunk", "row"), kernel_name="moe_spread", interpret=gpu_interpreter(interpret),
         compiler_params=WARPGROUP)(x, place)
 
 
@@ -264,5 +261,5 @@ def mix_rows(
 
     return plgpu.kernel(
         body, out_type=jax.ShapeDtypeStruct((rows, model), outputs.dtype), grid=(model // chunk, rows),
-        grid_names=("chunk", "row"), kernel_name="moe_mix", interpret=interpreter(interpret),
+        grid_names=("chunk", "row"), kernel_name="moe_mix", interpret=gpu_interpreter(interpret),
         compiler_params=WARPGROUP)(outputs, place, weights)

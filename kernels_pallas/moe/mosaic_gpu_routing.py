@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.moe.mosaic_gpu_kernels import WARPGROUP, interpreter, plgpu
+from kernels_pallas.interpret import gpu_interpreter
+from kernels_pallas.moe.mosaic_gpu_kernels import WARPGROUP, plgpu
 from kernels_pallas.moe.routing import num_blocks
 
 LANES = 64
@@ -59,7 +60,7 @@ def top_k_kernel(
         grid=(pl.cdiv(num_rows, LANES),), grid_names=("tile",), kernel_name="moe_top_k",
         scratch_types=[plgpu.SMEM((LANES, columns), jnp.float32), plgpu.SMEM((LANES, slots), jnp.int32),
                        plgpu.SMEM((LANES, slots), jnp.float32), plgpu.Barrier()],
-        interpret=interpreter(interpret), compiler_params=WARPGROUP)(logits)
+        interpret=gpu_interpreter(interpret), compiler_params=WARPGROUP)(logits)
     return ids[:asked, :k], weights[:asked, :k]
 
 
@@ -127,7 +128,7 @@ def plan_kernel(
         grid=(chunks + tables,), grid_names=("program",), kernel_name="moe_plan",
         scratch_types=[plgpu.SMEM((chunks, LANES), jnp.int32),
                        *[plgpu.SMEM((expert_tiles * LANES,), jnp.int32)] * 2, plgpu.Barrier()],
-        interpret=interpreter(interpret), compiler_params=WARPGROUP)(flat.reshape(chunks, LANES))
+        interpret=gpu_interpreter(interpret), compiler_params=WARPGROUP)(flat.reshape(chunks, LANES))
     return place, expert
 
 

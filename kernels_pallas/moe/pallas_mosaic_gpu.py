@@ -22,10 +22,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.configs import load_config
+from kernels_pallas.gradient import with_gradient_of
 from kernels_pallas.hardware import device_kind
 from kernels_pallas.moe.quantized import QuantizedExperts
 from kernels_pallas.moe.routing import group_rows, num_blocks, place_in_blocks
-from kernels_pallas.moe.xla_gradient import with_xla_gradient
+from kernels_pallas.moe.xla_grouped import moe_xla_grouped
 
 MOST_PAIRS = 16384
 """Up to this many routed rows one kernel makes the plan by comparing all pairs; XLA makes it for more."""
@@ -56,7 +57,7 @@ def moe_mosaic_gpu(
     def forward(x: Array, expert_ids: Array, weights: Array, gate: Array, up: Array, down: Array) -> Array:
         return _experts(x, expert_ids, weights, (gate, up), (down,), (), (), bits="", interpret=interpret)
 
-    return with_xla_gradient(forward)(x, expert_ids, weights, gate, up, down)
+    return with_gradient_of(moe_xla_grouped, forward)(x, expert_ids, weights, gate, up, down)
 
 
 @partial(jax.jit, static_argnames="interpret")

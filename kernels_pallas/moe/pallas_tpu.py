@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.configs import load_config
+from kernels_pallas.gradient import with_gradient_of
 from kernels_pallas.hardware import device_kind
 from kernels_pallas.moe.routing import group_rows
-from kernels_pallas.moe.xla_gradient import with_xla_gradient
+from kernels_pallas.moe.xla_grouped import moe_xla_grouped
 
 
 def moe_pallas_tpu(
@@ -30,7 +31,8 @@ def moe_pallas_tpu(
     interpret: bool = False,
 ) -> Float[Array, "M D"]:
     """See `kernels_pallas.moe.moe`. Reverse mode only, through `moe_xla_grouped`; `interpret` runs it on a CPU."""
-    return with_xla_gradient(partial(_forward, interpret=interpret))(x, expert_ids, weights, gate, up, down)
+    call = with_gradient_of(moe_xla_grouped, partial(_forward, interpret=interpret))
+    return call(x, expert_ids, weights, gate, up, down)
 
 
 def _forward(

@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.interpret import gpu_interpreter
 from kernels_pallas.unembed.noise import gumbel_noise_of
 from kernels_pallas.unembed.reference import readable
 from kernels_pallas.unembed.running import LARGEST_ID, Drawn, Greedy, finish, finite, join, logits_at, rescale
@@ -332,13 +333,6 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _interpreter() -> Any:
-    """What makes Pallas interpret a kernel on the host."""
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams()
-
-
 def unembed_mosaic_gpu(call: Call, *, plan: Plan | None = None, interpret: bool = False) -> Readout:
     """See `kernels_pallas.unembed.unembed`. `plan` is the configured one if None."""
     rows = call.hidden.shape[0]
@@ -369,7 +363,7 @@ def unembed_mosaic_gpu(call: Call, *, plan: Plan | None = None, interpret: bool 
             plgpu.Barrier(num_arrivals=1 + WARPGROUPS, num_barriers=plan.stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=plan.stages)),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=_interpreter() if interpret else None)
+        interpret=gpu_interpreter(interpret))
     greedy, drawn = jax.tree.map(lambda field: field.reshape(-1, padded)[:, :rows], kernel(given))
     states = join(greedy, None if call.temperature is None else drawn, call.temperature)
     return finish(call, *states, at=logits_at(call, readable(call)))

@@ -61,7 +61,8 @@ def test_the_gpu_kernel_has_no_races(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ring of stages wraps around several times within a tile and goes on into the next one."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params
 
-    monkeypatch.setattr(pallas_mosaic_gpu, "_interpreter", lambda: params.InterpretGPUParams(detect_races=True))
+    watching = params.InterpretGPUParams(detect_races=True)
+    monkeypatch.setattr(pallas_mosaic_gpu, "gpu_interpreter", lambda interpret: watching)
     case = Case(name="races", rows=70, model=192, dtype="bfloat16", expected=0)
     arrays, options = operands(case, SEED)
     check(jitted(_mosaic)(*arrays, **options), oracle(*arrays, **options), case.dtype)

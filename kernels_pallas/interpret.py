@@ -1,0 +1,14 @@
+"""How Mosaic GPU kernels run on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def gpu_interpreter(interpret: bool) -> Any:
+    """What `plgpu.kernel` takes for `interpret`: None compiles."""
+    if not interpret:
+        return None
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public since jax 0.11 only
+
+    return InterpretGPUParams()
