@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,23 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
-from convert.atomic import as_destination_error, atomic_directory, require_space
+from convert.atomic import as_destination_error, require_space
 from convert.errors import CheckpointError, SourceError, TensorShapeError, shorten
 from convert.files import read_json, sha256
 from convert.hf_config import hf_fields, model_config
 from convert.source import write_text_files
+from convert.together import directory_together
 from djax.config import DTYPES, ModelConfig
+from djax.distributed import processes
 from djax.models import abstract_params, logical_axes
-from djax.sharding import Rules, named_leaves, shardings
+from djax.sharding import LogicalAxes, Rules, named_leaves, shardings
 
 MANIFEST_NAME = "manifest.json"
 PARAMS_NAME = "params"
 _FORMAT = "djax-checkpoint"
 _VERSION = 1
-_IN_FLIGHT_GB = 2
-"""Orbax's bound on bytes between devices and disk."""
+_IN_FLIGHT_BYTES = 256 * 1024 * 1024
+"""Orbax's bound on bytes between devices and disk, or the largest parameter if that is larger."""
 _CHUNK_BYTES = 32 * 1024 * 1024
 _SPARE_BYTES = 64 * 1024 * 1024
 
@@ -51,11 +53,27 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _handler(largest_bytes: int) -> ocp.PyTreeCheckpointHandler:
-    gigabytes = max(_IN_FLIGHT_GB, math.ceil(largest_bytes / 1e9))
+def _checkpointer(leaves: Iterable[Any], devices: set[jax.Device]) -> ocp.Checkpointer:
+    """Orbax for the processes of `devices`, which all use it, and no others."""
+    # parameters may be stored in four bytes and wanted in two
+    largest = max(math.prod(leaf.shape) for leaf in leaves) * 4
+    gigabytes = (max(_IN_FLIGHT_BYTES, largest) + 1) / 1e9
+    taking_part = processes(devices)
+    options = ocp.options.MultiprocessingOptions(primary_host=taking_part[0], active_processes=set(taking_part))
     # Weights hardly compress (a quarter at most) and it takes ten times as long to write them.
-    return ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes, use_compression=False)
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(
+            save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes, use_compression=False,
+            multiprocessing_options=options),
+        multiprocessing_options=options)
+
+
+def _chunks(axes: LogicalAxes) -> ocp.SaveArgs:
+    """Chunks of one expert or head each, so that a device which holds some of them reads these only. (Of an axis that
+    is named here Orbax makes as many chunks as it is long, and of others it splits the longest, which `ffn` is not: a
+    device that holds a part of each expert reads them whole, unless the parameters were saved from such devices.)"""
+    apart = tuple(index for index, name in enumerate(axes) if name in ("experts", "heads", "kv_heads"))
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=apart)
 
 
 def _nbytes(leaf: Any) -> int:
@@ -94,7 +112,8 @@ def save(
 
     `text_files` is a directory whose config.json and tokenizer files are copied along; `source` goes
     into the manifest as it is. With `overwrite` a converted checkpoint that is there is replaced in one step.
-    Parameters must be fully addressable by this process.
+    Parameters on devices of several processes are written by all of these, each its own part: all call, and see the
+    same file system.
 
     Raises DestinationError if it exists or cannot be written, OutOfSpaceError if the disk is too small;
     then nothing has changed.
@@ -102,16 +121,18 @@ def save(
     target = Path(destination).expanduser().resolve()
     leaves = named_leaves(params)
     total = sum(_nbytes(leaf) for leaf in leaves.values())
-    with atomic_directory(target, overwrite=overwrite, marker=MANIFEST_NAME) as temporary:
+    devices = set().union(*(leaf.sharding.device_set for leaf in leaves.values()))
+    with directory_together(target, devices, overwrite=overwrite, marker=MANIFEST_NAME) as temporary:
         require_space(target, total + _SPARE_BYTES)
         try:
-            with ocp.Checkpointer(_handler(max(_nbytes(leaf) for leaf in leaves.values()))) as checkpointer:
-                # Chunks, so that a device that holds a part of a parameter reads little more than its part.
-                chunked = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in leaves}
+            with _checkpointer(leaves.values(), devices) as checkpointer:
+                chunked = {name: _chunks(axes) for name, axes in named_leaves(logical_axes(config)).items()}
                 checkpointer.save(
                     temporary / PARAMS_NAME, ocp.args.PyTreeSave(_nested(leaves), save_args=_nested(chunked)))
         except Exception as error:  # Orbax and TensorStore raise several kinds for a failed write
             raise as_destination_error(error, target) from error
+        if jax.process_index() != processes(devices)[0]:
+            return target
         write_text_files(temporary, config, source=text_files)
         manifest = {
             "format": _FORMAT,
@@ -175,7 +196,8 @@ def restore(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
 ) -> tuple[ModelConfig, nnx.State]:
-    """Parameters of a converted checkpoint, in any dtype and under any sharding; each device reads its part.
+    """Parameters of a converted checkpoint, in any dtype and under any sharding; each device reads its part. All
+    processes of a mesh call it together.
 
     Arguments and result as in `convert.load_params`. Raises CheckpointError if the directory is incomplete
     or does not hold this configuration's parameters.
@@ -189,8 +211,9 @@ def restore(
     wanted = named_leaves(jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placed))
     target = _nested(wanted)
+    devices = set().union(*(leaf.sharding.device_set for leaf in wanted.values()))
     try:
-        with ocp.Checkpointer(_handler(max(_nbytes(leaf) for leaf in wanted.values()))) as checkpointer:
+        with _checkpointer(wanted.values(), devices) as checkpointer:
             tree = checkpointer.restore(root / PARAMS_NAME, ocp.args.PyTreeRestore(
                 target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
     except Exception as error:  # Orbax and TensorStore raise several kinds for a damaged file

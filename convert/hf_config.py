@@ -9,11 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from convert.errors import ConfigError, shorten
 from convert.files import read_json
-from djax.config import DTYPES, LLADA_MOE_MASK_ID, LladaMoeConfig, ModelConfig
+from djax.config import (
+    DTYPES,
+    LLADA2_BLOCK_LENGTH,
+    LLADA2_MOE_MASK_ID,
+    LLADA_MOE_MASK_ID,
+    Llada2MoeConfig,
+    LladaMoeConfig,
+    ModelConfig,
+)
 
 CONFIG_NAME = "config.json"
 _LARGEST = 2**31 - 1
@@ -41,7 +49,27 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
 """Fields of LLaDA-MoE that may only have these values; None also stands for an absent field.
 norm_topk_prob is not among them: the architecture never renormalises, whatever it says."""
 
-_NAMES: Mapping[str, str] = {
+_FIXED_LLADA2: Mapping[str, tuple[Any, ...]] = {
+    "rope_scaling": (None,),
+    "rope_parameters": (None,),
+    "use_bias": (None, False),
+    "use_qkv_bias": (None, False),
+    "use_rmsnorm": (None, True),
+    "use_qk_norm": (None, True),
+    "use_sliding_window": (None, False),
+    "hidden_act": (None, "silu"),
+    "tie_word_embeddings": (None, False),
+    "norm_head": (None, False),
+    "norm_topk_prob": (None, True),
+    "score_function": (None, "sigmoid"),
+    "router_dtype": (None, "fp32"),
+    "moe_router_enable_expert_bias": (None, True),
+    "moe_router_enable_shared_expert": (None, True),
+    "quantization_config": (None,),
+}
+"""The same for LLaDA2. sliding_window is not among them: it says nothing while use_sliding_window is false."""
+
+_COMMON_NAMES: Mapping[str, str] = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -50,7 +78,6 @@ _NAMES: Mapping[str, str] = {
     "head_dim": "head_dim",
     "num_experts": "num_experts",
     "experts_per_token": "num_experts_per_tok",
-    "expert_size": "expert_intermediate_size",
     "rms_norm_eps": "rms_norm_eps",
     "rope_theta": "rope_theta",
     "max_positions": "max_position_embeddings",
@@ -59,7 +86,23 @@ _NAMES: Mapping[str, str] = {
     "pad_id": "pad_token_id",
     "dtype": "torch_dtype",
 }
-"""djax's name of every field that is stored, and config.json's."""
+_NAMES: Mapping[type, Mapping[str, str]] = {
+    LladaMoeConfig: {**_COMMON_NAMES, "expert_size": "expert_intermediate_size"},
+    Llada2MoeConfig: {
+        **_COMMON_NAMES,
+        "num_dense_layers": "first_k_dense_replace",
+        "dense_size": "intermediate_size",
+        "rotary_dim": "rotary_dim",
+        "expert_size": "moe_intermediate_size",
+        "num_shared_experts": "num_shared_experts",
+        "num_groups": "n_group",
+        "groups_per_token": "topk_group",
+        "routed_scaling_factor": "routed_scaling_factor",
+        "block_length": "block_length",
+    },
+}
+"""djax's name of every field that is stored, and config.json's. (block_length is in none that is published.)"""
+_MODEL_TYPES: Mapping[type, str] = {LladaMoeConfig: "llada", Llada2MoeConfig: "llada2_moe"}
 
 
 class _Fields:
@@ -115,49 +158,100 @@ def _dtype(fields: _Fields) -> str:
     return value
 
 
-def _mask_id(fields: _Fields, vocab_size: int) -> int | None:
-    if fields.fields.get("mask_token_id") is not None:
-        return fields.token("mask_token_id", vocab_size=vocab_size)
-    return LLADA_MOE_MASK_ID if vocab_size > LLADA_MOE_MASK_ID else None
+def _common(fields: _Fields, *, own_mask_id: int) -> dict[str, Any]:
+    """What both architectures have, by djax's name. A file without a mask id means `own_mask_id`, if the vocabulary
+    holds that, else none."""
+    vocab_size, hidden_size = fields.integer("vocab_size"), fields.integer("hidden_size")
+    num_heads = fields.integer("num_attention_heads")
+    if fields.fields.get("head_dim") is None and hidden_size % num_heads:
+        raise fields.wrong("num_attention_heads", f"it must divide hidden_size={hidden_size} where head_dim is absent")
+    in_file = fields.fields.get("mask_token_id") is not None
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_layers": fields.integer("num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": fields.integer("num_key_value_heads", default=num_heads),
+        "head_dim": fields.integer("head_dim", default=hidden_size // num_heads),
+        "num_experts": fields.integer("num_experts"),
+        "experts_per_token": fields.integer("num_experts_per_tok"),
+        "rms_norm_eps": fields.positive("rms_norm_eps"),
+        "rope_theta": fields.positive("rope_theta"),
+        "max_positions": fields.integer("max_position_embeddings"),
+        "mask_id": (fields.token("mask_token_id", vocab_size=vocab_size) if in_file
+                    else own_mask_id if vocab_size > own_mask_id else None),
+        "dtype": _dtype(fields),
+    }
 
 
 def _llada_moe(fields: _Fields) -> LladaMoeConfig:
     for name, allowed in _FIXED.items():
         fields.fixed(name, allowed)
-    num_layers = fields.integer("num_hidden_layers")
+    common = _common(fields, own_mask_id=LLADA_MOE_MASK_ID)
     layer_freq = fields.fields.get("moe_layer_freq")
-    if layer_freq is not None and layer_freq != 1 and layer_freq != [1] * num_layers:
-        raise fields.wrong("moe_layer_freq", f"only 1 for each of the {num_layers} layers is supported")
-    vocab_size, hidden_size = fields.integer("vocab_size"), fields.integer("hidden_size")
-    num_heads = fields.integer("num_attention_heads")
-    if fields.fields.get("head_dim") is None and hidden_size % num_heads:
-        raise fields.wrong("num_attention_heads", f"it must divide hidden_size={hidden_size} where head_dim is absent")
-    eos_id = fields.token("eos_token_id", vocab_size=vocab_size)
+    if layer_freq is not None and layer_freq != 1 and layer_freq != [1] * common["num_layers"]:
+        raise fields.wrong("moe_layer_freq", f"only 1 for each of the {common['num_layers']} layers is supported")
+    eos_id = fields.token("eos_token_id", vocab_size=common["vocab_size"])
+    return _made(fields, LladaMoeConfig, {
+        **common,
+        "expert_size": fields.integer("expert_intermediate_size"),
+        "eos_id": eos_id,
+        "pad_id": fields.token("pad_token_id", vocab_size=common["vocab_size"], default=eos_id),
+    })
+
+
+def _llada2_moe(fields: _Fields) -> Llada2MoeConfig:
+    for name, allowed in _FIXED_LLADA2.items():
+        fields.fixed(name, allowed)
+    common = _common(fields, own_mask_id=LLADA2_MOE_MASK_ID)
+    # the published files have no eos_token_id: their pad token ends a sequence
+    pad_id = fields.token("pad_token_id", vocab_size=common["vocab_size"])
+    return _made(fields, Llada2MoeConfig, {
+        **common,
+        "num_dense_layers": fields.integer("first_k_dense_replace", minimum=0),
+        "dense_size": fields.integer("intermediate_size"),
+        "rotary_dim": _rotary_dim(fields, common["head_dim"]),
+        "expert_size": _expert_size(fields),
+        "num_shared_experts": fields.integer("num_shared_experts"),
+        "num_groups": fields.integer("n_group"),
+        "groups_per_token": fields.integer("topk_group"),
+        "routed_scaling_factor": fields.positive("routed_scaling_factor"),
+        "block_length": fields.integer("block_length", default=LLADA2_BLOCK_LENGTH),
+        "eos_id": fields.token("eos_token_id", vocab_size=common["vocab_size"], default=pad_id),
+        "pad_id": pad_id,
+    })
+
+
+def _rotary_dim(fields: _Fields, head_dim: int) -> int:
+    """`rotary_dim`, or what `partial_rotary_factor` makes of a head's width; where both are there they must agree."""
+    share = None if fields.fields.get("partial_rotary_factor") is None else fields.positive("partial_rotary_factor")
+    if share is None:
+        return fields.integer("rotary_dim", default=head_dim)
+    rotary_dim = fields.integer("rotary_dim", default=max(int(head_dim * share), 1))
+    if rotary_dim != int(head_dim * share):
+        raise fields.wrong(
+            "partial_rotary_factor", f"with rotary_dim={rotary_dim} and head_dim={head_dim} it must be "
+            f"{rotary_dim / head_dim:g}")
+    return rotary_dim
+
+
+def _expert_size(fields: _Fields) -> int:
+    """`moe_intermediate_size`; a shared expert of another width is refused."""
+    width = fields.integer("moe_intermediate_size")
+    fields.fixed("moe_shared_expert_intermediate_size", (None, width))
+    return width
+
+
+_Config = TypeVar("_Config", LladaMoeConfig, Llada2MoeConfig)
+
+
+def _made(fields: _Fields, kind: type[_Config], values: Mapping[str, Any]) -> _Config:
     try:
-        return LladaMoeConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=fields.integer("num_key_value_heads", default=num_heads),
-            head_dim=fields.integer("head_dim", default=hidden_size // num_heads),
-            num_experts=fields.integer("num_experts"),
-            experts_per_token=fields.integer("num_experts_per_tok"),
-            expert_size=fields.integer("expert_intermediate_size"),
-            rms_norm_eps=fields.positive("rms_norm_eps"),
-            rope_theta=fields.positive("rope_theta"),
-            max_positions=fields.integer("max_position_embeddings"),
-            mask_id=_mask_id(fields, vocab_size),
-            eos_id=eos_id,
-            pad_id=fields.token("pad_token_id", vocab_size=vocab_size, default=eos_id),
-            dtype=_dtype(fields),
-        )
-    except ConfigError:
-        raise
+        return kind(**values)
     except ValueError as error:
         # The configuration's own checks begin with its own name of the field.
         own, _, problem = str(error).partition(": ")
-        raise ConfigError(problem, file=fields.file, key=_NAMES.get(own, own)) from None
+        raise ConfigError(problem, file=fields.file, key=_NAMES[kind].get(own, own)) from None
 
 
 def model_config(fields: Mapping[str, Any], *, file: Path | None = None) -> ModelConfig:
@@ -172,7 +266,9 @@ def model_config(fields: Mapping[str, Any], *, file: Path | None = None) -> Mode
     model_type = fields.get("model_type")
     if model_type == "llada" and fields.get("num_experts") is not None:
         return _llada_moe(checked)
-    raise checked.wrong("model_type", "supported is 'llada' with num_experts (LLaDA-MoE)")
+    if model_type == "llada2_moe":
+        return _llada2_moe(checked)
+    raise checked.wrong("model_type", "supported are 'llada' with num_experts (LLaDA-MoE) and 'llada2_moe' (LLaDA2)")
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -183,7 +279,7 @@ def read_config(directory: Path) -> ModelConfig:
 
 def hf_fields(config: ModelConfig) -> dict[str, Any]:
     """The `config.json` fields from which `model_config` gives `config` back."""
-    fields = {name: getattr(config, own) for own, name in _NAMES.items()}
+    fields = {name: getattr(config, own) for own, name in _NAMES[type(config)].items()}
     if config.mask_id is None:
         del fields["mask_token_id"]
-    return {"model_type": "llada", **fields}
+    return {"model_type": _MODEL_TYPES[type(config)], **fields}

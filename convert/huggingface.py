@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from convert.atomic import atomic_directory, require_space
 from convert.hf_config import CONFIG_NAME
 from convert.load import table_of
-from convert.mapping import Table, published_keys
+from convert.mapping import Share, Table, published_keys
 from convert.safetensors_io import INDEX_NAME, SINGLE_NAME
 from convert.source import write_text_files
 from djax.config import ModelConfig
@@ -59,7 +59,7 @@ def export(
         names = [SINGLE_NAME] if len(groups) == 1 else [
             f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
         for name, group in zip(names, groups, strict=True):
-            save_file({key: _tensor(leaves, *where) for key, where in group.items()}, temporary / name,
+            save_file({key: _tensor(leaves, parts) for key, parts in group.items()}, temporary / name,
                       metadata={"format": "pt"})
         if len(groups) > 1:
             index = {"metadata": {"total_size": sum(leaf.nbytes for leaf in leaves.values())},
@@ -69,24 +69,30 @@ def export(
     return target
 
 
-_Where = tuple[str, int | None, tuple[int, ...]]
-"""A parameter's name, which index of its first axis (None: all of it), and the tensor's shape in the file."""
+_Part = tuple[str, Share]
+"""A parameter's name, and what it is of a tensor."""
 
 
-def _groups(table: Table, leaves: Mapping[str, jax.Array], largest: int) -> Iterator[dict[str, _Where]]:
-    """Checkpoint keys, file by file, and what fills each."""
-    group: dict[str, _Where] = {}
-    size = 0
+def _groups(table: Table, leaves: Mapping[str, jax.Array], largest: int) -> Iterator[dict[str, list[_Part]]]:
+    """Checkpoint keys, file by file, and what fills the rows of each, from the first on."""
+    tensors: dict[str, list[_Part]] = {}
     for name, leaf in leaves.items():
-        for key, index, shape in published_keys(table, name, leaf.shape):
-            nbytes = leaf.dtype.itemsize * int(np.prod(shape))
-            if group and size + nbytes > largest:
-                yield group
-                group, size = {}, 0
-            group[key], size = (name, index, shape), size + nbytes
+        for share in published_keys(table, name, leaf.shape):
+            tensors.setdefault(share.key, []).append((name, share))
+    group: dict[str, list[_Part]] = {}
+    size = 0
+    for key, parts in tensors.items():
+        nbytes = sum(leaves[name].dtype.itemsize * int(np.prod(share.shape)) for name, share in parts)
+        if group and size + nbytes > largest:
+            yield group
+            group, size = {}, 0
+        group[key], size = sorted(parts, key=lambda part: part[1].order), size + nbytes
     yield group
 
 
-def _tensor(leaves: Mapping[str, jax.Array], name: str, index: int | None, shape: tuple[int, ...]) -> np.ndarray:
-    leaf = leaves[name] if index is None else leaves[name][index]
-    return np.ascontiguousarray(jax.device_get(leaf)).reshape(shape)
+def _tensor(leaves: Mapping[str, jax.Array], parts: list[_Part]) -> np.ndarray:
+    arrays = []
+    for name, share in parts:
+        leaf = leaves[name] if share.index is None else leaves[name][share.index]
+        arrays.append(np.ascontiguousarray(jax.device_get(leaf)).reshape(share.shape))
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

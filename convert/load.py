@@ -13,18 +13,18 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from convert import checkpoint, llada_moe
+from convert import checkpoint, llada2_moe, llada_moe
 from convert.errors import ConfigError, MissingKeyError
 from convert.hf_config import CONFIG_NAME, read_config
 from convert.mapping import FLOAT_DTYPES, Plan, Table, plan
-from convert.placement import numpy_dtype, read_parameters
+from convert.placement import read_parameters
 from convert.safetensors_io import SafetensorsReader
 from convert.source import resolve_source
-from djax.config import DTYPES, LladaMoeConfig, ModelConfig
+from djax.config import DTYPES, Llada2MoeConfig, LladaMoeConfig, ModelConfig
 from djax.models import abstract_params, logical_axes
 from djax.sharding import LogicalAxes, Rules, named_leaves, shardings
 
-_TABLES: dict[type, Table] = {LladaMoeConfig: llada_moe.TABLE}
+_TABLES: dict[type, Table] = {LladaMoeConfig: llada_moe.TABLE, Llada2MoeConfig: llada2_moe.TABLE}
 
 
 def table_of(config: ModelConfig, *, file: Path) -> Table:
@@ -147,7 +147,9 @@ def load_params(
     goes first. `config` replaces the checkpoint's own. `dtype` (bfloat16, float16, float32) defaults to
     `config.dtype` if a config is given, else to the stored one. Without a `mesh` all parameters are on the
     default device; with one they are split by `rules` (`djax.sharding.DEFAULT_RULES`). Each device gets its
-    own part and the host holds a few tensors at a time. The returned config's dtype is the parameters'.
+    own part and the host holds a few tensors at a time; of a mesh of several processes each reads its own part, and
+    `progress` hears of that part. The returned config's dtype is the parameters', but of those that the architecture
+    keeps in float32.
 
     Raises CheckpointError (which names the file and the key) before anything large is allocated;
     ValueError for an unknown dtype, or a mesh that does not divide a parameter.
@@ -166,9 +168,9 @@ def read_state(
     """The parameters of an open Hugging Face directory."""
     abstract = opened.abstract
     placed = named_leaves(shardings(logical_axes(opened.config), abstract, mesh=mesh, rules=rules))
+    dtypes = {name: leaf.dtype.name for name, leaf in named_leaves(abstract).items()}
     parameters = read_parameters(
-        opened.reader, opened.plan, shapes=opened.shapes, dtype=opened.config.dtype, shardings=placed,
-        progress=meter.advance)
+        opened.reader, opened.plan, shapes=opened.shapes, dtypes=dtypes, shardings=placed, progress=meter.advance)
     names = list(named_leaves(abstract))
     return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[name] for name in names])
 
@@ -200,13 +202,14 @@ def _describe_converted(directory: Path) -> Description:
     config = checkpoint.stored_config(manifest, directory)
     axes = named_leaves(logical_axes(config))
     abstract = checkpoint.checked_params(config, manifest, directory)
-    shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
+    leaves = named_leaves(abstract)
     return Description(
         directory=directory,
         config=config,
         parameters=tuple(
-            Parameter(name=name, shape=shape, axes=axes[name], keys=(name,)) for name, shape in shapes.items()),
+            Parameter(name=name, shape=tuple(leaf.shape), axes=axes[name], keys=(name,))
+            for name, leaf in leaves.items()),
         ignored=(),
         files=tuple(manifest["files"]),
-        nbytes=sum(math.prod(shape) for shape in shapes.values()) * numpy_dtype(config.dtype).itemsize,
+        nbytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values()),
     )

@@ -52,6 +52,8 @@ class Rule:
     """How many of the parameter's axes each checkpoint axis spans, in order; None: one each."""
     part: tuple[int, int] = (0, 1)
     """(i, n): the parameter is the i-th of n equal parts of the checkpoint's second last axis."""
+    stacked: bool = False
+    """Whether the tensor holds the rows of several parameters, one after the other in the order of their rules."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,34 +100,44 @@ def _stored_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
     return stored
 
 
-def _pieces(rule: Rule, key: str, expert: int | None, shape: tuple[int, ...]) -> list[Piece]:
-    """Where the elements of tensor `key` go in a parameter of `shape`."""
+def _pieces(rule: Rule, key: str, expert: int | None, shape: tuple[int, ...], start: int) -> list[Piece]:
+    """Where the elements of tensor `key` go in a parameter of `shape`; those of a stacked one begin at `start`."""
     part, parts = rule.part
     if parts == 1:
-        return [Piece(key=key, start=0, index=expert)]
+        return [Piece(key=key, start=start, index=expert)]
     each = math.prod(shape[1:])
     return [Piece(key=key, start=(index * parts + part) * each, index=index) for index in range(shape[0])]
 
 
-def published_keys(
-    table: Table, leaf: str, shape: tuple[int, ...]
-) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
-    """(key, index, shape) of the tensors that hold a parameter in a table's first layout.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a parameter, or one index of its first axis, is of a checkpoint tensor."""
 
-    `index` is the one of the parameter's first axis that the tensor holds; None where it holds all of it.
+    key: str
+    index: int | None
+    """None where the tensor holds the whole parameter."""
+    shape: tuple[int, ...]
+    """The parameter's elements as the tensor holds them."""
+    order: int
+    """Which come first in a tensor that several parameters are stacked in."""
+
+
+def published_keys(table: Table, leaf: str, shape: tuple[int, ...]) -> Iterator[Share]:
+    """The tensors that hold a parameter in a table's first layout.
 
     Raises MissingKeyError if the table has no rule for it.
     """
-    for rule in table.rules:
+    for order, rule in enumerate(table.rules):
         match = _pattern(rule.leaf).fullmatch(leaf)
         if match is None:
             continue
         key = rule.key.replace("{layer}", match.groupdict().get("layer") or "")
         if "{expert}" not in key:
-            yield key, None, _stored_shape(rule, shape)
+            yield Share(key=key, index=None, shape=_stored_shape(rule, shape), order=order)
             return
         for index in range(shape[0]):
-            yield key.replace("{expert}", str(index)), index, _stored_shape(rule, shape[1:])
+            yield Share(key=key.replace("{expert}", str(index)), index=index, shape=_stored_shape(rule, shape[1:]),
+                        order=order)
         return
     raise MissingKeyError("missing: a rule that fills this parameter", key=leaf)
 
@@ -155,13 +167,12 @@ class _Matcher:
         return result
 
 
-def _check_tensor(rule: Rule, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise TensorDtypeError or TensorShapeError unless `tensor` can fill `shape` under `rule`."""
+def _check_tensor(key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise TensorDtypeError or TensorShapeError unless `tensor` is of a float dtype and the expected shape."""
     if tensor.dtype not in FLOAT_DTYPES:
         raise TensorDtypeError(
             f"dtype: got {tensor.dtype}; read are {', '.join(FLOAT_DTYPES)} (quantised checkpoints are not)",
             file=tensor.file, key=key)
-    expected = _stored_shape(rule, shape)
     if tensor.shape != expected:
         raise TensorShapeError(
             f"shape: got {shorten(tensor.shape)}; the configuration says {expected}", file=tensor.file, key=key)
@@ -170,7 +181,7 @@ def _check_tensor(rule: Rule, key: str, tensor: Tensor, shape: tuple[int, ...]) 
 def _expected_keys(table: Table, leaf: str, shape: tuple[int, ...], filled: Sequence[Piece]) -> tuple[list[str], int]:
     """The first keys that would complete a parameter, and how many there are in all."""
     have = {piece.index for piece in filled}
-    absent = [key for key, index, _ in published_keys(table, leaf, shape) if index not in have]
+    absent = [share.key for share in published_keys(table, leaf, shape) if share.index not in have]
     return absent[:4], len(absent)
 
 
@@ -178,7 +189,7 @@ def _check_filled(
     table: Table, leaves: Mapping[str, tuple[int, ...]], found: Mapping[str, list[Piece]], source: Path
 ) -> None:
     """Raise MissingKeyError unless every parameter is filled, MappingError if one is filled twice."""
-    missing: list[str] = []
+    missing: dict[str, None] = {}
     count = 0
     for leaf, shape in leaves.items():
         pieces = found.get(leaf, [])
@@ -188,12 +199,13 @@ def _check_filled(
             raise MappingError(f"fills {leaf}, which {first_few(keys[1:] or keys)} fills too", file=source, key=keys[0])
         if indices != [None] and len(indices) < shape[0]:
             first, absent = _expected_keys(table, leaf, shape, pieces)
-            missing += first
-            count += absent
+            count += absent if first[0] not in missing else 0  # one that several parameters are stacked in, once
+            missing |= dict.fromkeys(first)
     if missing:
+        names = list(missing)
         raise MissingKeyError(
-            f"missing: {count} keys that the configuration asks for, such as {first_few(missing[:3])}",
-            file=source, key=missing[0])
+            f"missing: {count} keys that the configuration asks for, such as {first_few(names[:3])}",
+            file=source, key=names[0])
 
 
 def plan(table: Table, tensors: Mapping[str, Tensor], leaves: Mapping[str, tuple[int, ...]], *, source: Path) -> Plan:
@@ -214,10 +226,12 @@ def plan(table: Table, tensors: Mapping[str, Tensor], leaves: Mapping[str, tuple
                 unexpected.append(key)
             continue
         used = 0
+        rows = sum(_stored_shape(rule, leaves[leaf])[0] for rule, leaf, _ in uses if rule.stacked)
         for rule, leaf, expert in uses:
             shape = leaves[leaf] if expert is None else leaves[leaf][1:]
-            _check_tensor(rule, key, tensor, shape)
-            found.setdefault(leaf, []).extend(_pieces(rule, key, expert, shape))
+            own = _stored_shape(rule, shape)
+            _check_tensor(key, tensor, (rows, *own[1:]) if rule.stacked else own)
+            found.setdefault(leaf, []).extend(_pieces(rule, key, expert, shape, used if rule.stacked else 0))
             used += math.prod(shape)
         if used != math.prod(tensor.shape):
             raise MappingError(f"{used} of its {math.prod(tensor.shape)} elements are used", file=tensor.file, key=key)

@@ -1,7 +1,9 @@
 """Checkpoint tensors straight to device shards.
 
-Peak host memory is one parameter and one chunk: every byte is read once, into the buffer of the shard that
-it belongs to, and the buffer is handed to the device (on CPU without a copy).
+Peak host memory is this process's part of one parameter and one chunk: every byte is read once, into the buffer of the
+shard that it belongs to, and the buffer is handed to the device (on CPU without a copy). Of what other processes'
+devices hold nothing is read, but for the rest of a row whose own part is shorter than a page of memory: the file system
+reads whole pages.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from convert.mapping import FLOAT_DTYPES, Piece
 from convert.safetensors_io import SafetensorsReader
 
 _CHUNK_BYTES = 16 * 1024 * 1024
+_SHORTEST_RUN_BYTES = 4096
+"""Parts of rows of at least so many bytes are read on their own."""
 _ALIGNMENT = 64
 """XLA takes over host buffers on CPU without a copy if they are aligned to this many bytes."""
 
@@ -43,6 +47,17 @@ def _box(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Box:
     if index is None:
         return tuple((0, size) for size in shape)
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _columns(boxes: list[Box], shape: tuple[int, ...], itemsize: int) -> Box:
+    """What is read of every row of an array for these boxes: the span of their second axis, or the whole row if that
+    is too short a run to be read on its own."""
+    whole = tuple((0, size) for size in shape[1:])
+    if not whole:
+        return whole
+    span = (min(box[1][0] for box in boxes), max(box[1][1] for box in boxes))
+    run = (span[1] - span[0]) * int(np.prod(shape[2:], dtype=np.int64)) * itemsize
+    return whole if run < _SHORTEST_RUN_BYTES else (span, *whole[1:])
 
 
 class _Filler:
@@ -73,25 +88,36 @@ class _Filler:
     def _fill_rows(
         self, piece: Piece, shape: tuple[int, ...], start: int, stop: int, targets: list[tuple[Box, np.ndarray]]
     ) -> None:
-        tensor = self.reader.tensors[piece.key]
-        stored = numpy_dtype(FLOAT_DTYPES[tensor.dtype])
-        row = int(np.prod(shape[1:], dtype=np.int64))
-        step = max(1, _CHUNK_BYTES // (row * stored.itemsize))
+        stored = numpy_dtype(FLOAT_DTYPES[self.reader.tensors[piece.key].dtype])
+        columns = _columns([box for box, _ in targets], shape, stored.itemsize)
         box, buffer = targets[0]
-        whole_rows = len(targets) == 1 and box[1:] == tuple((0, size) for size in shape[1:])
+        direct = stored == self.dtype and len(targets) == 1 and box[1:] == columns
+        width = tuple(stop - start for start, stop in columns)
+        step = max(1, _CHUNK_BYTES // (int(np.prod(width, dtype=np.int64)) * stored.itemsize))
         for first in range(start, stop, step):
             last = min(stop, first + step)
-            position = piece.start + first * row
-            if whole_rows and stored == self.dtype:
-                self.reader.read_into(piece.key, position, buffer[first - box[0][0] : last - box[0][0]])
-            else:
-                chunk = np.empty((last - first, *shape[1:]), stored)
-                self.reader.read_into(piece.key, position, chunk)
-                for target_box, target in targets:
-                    inner = tuple(slice(*edges) for edges in target_box[1:])
-                    rows = slice(first - target_box[0][0], last - target_box[0][0])
-                    self._cast(piece.key, chunk[(slice(None), *inner)], target[rows])
-            self.progress((last - first) * row * stored.itemsize)
+            own = buffer[first - box[0][0] : last - box[0][0]]
+            chunk = own if direct else np.empty((last - first, *width), stored)
+            self._read_rows(piece, shape, first, columns, chunk)
+            self.progress(chunk.nbytes)
+            for target_box, target in () if direct else targets:
+                inner = tuple(slice(start - offset, stop - offset)
+                              for (start, stop), (offset, _) in zip(target_box[1:], columns, strict=True))
+                rows = slice(first - target_box[0][0], last - target_box[0][0])
+                self._cast(piece.key, chunk[(slice(None), *inner)], target[rows])
+
+    def _read_rows(
+        self, piece: Piece, shape: tuple[int, ...], first: int, columns: Box, out: np.ndarray
+    ) -> None:
+        """Fill `out` with the rows from `first` on, between `columns` of their first axis."""
+        row = int(np.prod(shape[1:], dtype=np.int64))
+        position = piece.start + first * row
+        if out.shape[1:] == shape[1:]:
+            self.reader.read_into(piece.key, position, out)
+            return
+        skipped = columns[0][0] * int(np.prod(shape[2:], dtype=np.int64))
+        for index in range(len(out)):
+            self.reader.read_into(piece.key, position + index * row + skipped, out[index])
 
     def _cast(self, key: str, values: np.ndarray, out: np.ndarray) -> None:
         if values.dtype == self.dtype:
@@ -134,16 +160,17 @@ def read_parameters(
     plan: Mapping[str, tuple[Piece, ...]],
     *,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: str,
+    dtypes: Mapping[str, str],
     shardings: Mapping[str, Sharding],
     progress: Callable[[int], None],
 ) -> dict[str, jax.Array]:
-    """Every parameter of a plan, by name. At most two parameters are in flight to the devices."""
+    """Every parameter of a plan, by name, as are its shape, dtype and sharding. At most two parameters are in flight to
+    the devices."""
     parameters: dict[str, jax.Array] = {}
     previous: jax.Array | None = None
     for name, pieces in plan.items():
         parameter = read_parameter(
-            reader, pieces, shape=shapes[name], dtype=dtype, sharding=shardings[name], progress=progress)
+            reader, pieces, shape=shapes[name], dtype=dtypes[name], sharding=shardings[name], progress=progress)
         if previous is not None:
             previous.block_until_ready()
         parameters[name] = previous = parameter

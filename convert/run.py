@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from convert import checkpoint
 from convert.atomic import check_destination, require_space
 from convert.errors import DestinationError
@@ -14,6 +17,8 @@ from convert.files import sha256
 from convert.load import Meter, Progress, check_dtype, open_huggingface, read_state
 from convert.placement import numpy_dtype
 from convert.source import resolve_source
+from djax.distributed import processes
+from djax.sharding import Rules
 
 
 def _digests(files: tuple[Path, ...], meter: Meter) -> dict[str, dict[str, Any]]:
@@ -26,15 +31,20 @@ def convert(
     *,
     dtype: str | None = None,
     overwrite: bool = False,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Convert a Hugging Face directory, a hub id or a converted checkpoint to `dst`, and return its path.
 
     `dtype` (bfloat16, float16, float32) defaults to the stored one. If this is interrupted, or the disk is
     too small, `dst` is what it was before: absent, or the complete old checkpoint. `progress` is told
-    (bytes done, bytes in all) of reading, digests and writing together.
+    (bytes done, bytes in all) of reading, digests and writing together. The parameters go through the default
+    device, or through those of a `mesh`, split by `rules`; each of its processes reads and writes its own part, and
+    all call.
 
-    Raises CheckpointError, naming the file and the key; ValueError for an unknown dtype.
+    Raises CheckpointError, naming the file and the key; ValueError for an unknown dtype, or a mesh that does not divide
+    a parameter.
     """
     check_dtype(dtype)
     target = Path(dst).expanduser().resolve()
@@ -43,24 +53,30 @@ def convert(
     if directory == target or target in directory.parents:
         raise DestinationError("holds the source; choose another destination", file=target)
     if checkpoint.is_converted(directory):
-        return _save_again(directory, target, dtype=dtype, overwrite=overwrite)
+        return _save_again(directory, target, dtype=dtype, overwrite=overwrite, mesh=mesh, rules=rules)
     with open_huggingface(directory, None, dtype=dtype) as opened:
         written = sum(math.prod(shape) for shape in opened.shapes.values()) * numpy_dtype(opened.config.dtype).itemsize
         require_space(target, written)
         files = opened.files
         meter = Meter(progress, opened.reader.nbytes + sum(path.stat().st_size for path in files) + written)
-        params = read_state(opened, meter)
+        params = read_state(opened, meter, mesh=mesh, rules=rules)
     name = directory.name if Path(src).is_dir() else os.fspath(src)
     result = checkpoint.save(
         target, params, config=opened.config, overwrite=overwrite, text_files=directory,
-        source={"name": name, "files": _digests(files, meter)})
+        source={"name": name, "files": _digests(files, meter)} if _writes_manifest(mesh) else None)
     meter.advance(written)
     return result
 
 
-def _save_again(directory: Path, target: Path, *, dtype: str | None, overwrite: bool) -> Path:
+def _writes_manifest(mesh: Mesh | None) -> bool:
+    return mesh is None or processes(mesh.devices.flat)[0] == jax.process_index()
+
+
+def _save_again(
+    directory: Path, target: Path, *, dtype: str | None, overwrite: bool, mesh: Mesh | None, rules: Rules | None
+) -> Path:
     """A converted checkpoint once more, in another dtype."""
-    config, params = checkpoint.restore(directory, dtype=dtype)
+    config, params = checkpoint.restore(directory, dtype=dtype, mesh=mesh, rules=rules)
     manifest = directory / checkpoint.MANIFEST_NAME
     return checkpoint.save(
         target, params, config=config, overwrite=overwrite, text_files=directory,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,22 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from djax import recipes
 from djax.calls import CallOptions, make_parts, resolve_ids
 from djax.canvas import Canvas
 from djax.config import ModelConfig
-from djax.denoise import advance, begin, denoise, unfinished
+from djax.distributed import with_peers
 from djax.generation import Generation, StreamReader, StreamStep, to_generation
 from djax.memory import MemoryEstimate, estimate_memory
 from djax.models import Guided, Kernels, ModelDenoiser, build, kernels_on
-from djax.prompts import Prompt, encode_prompts
+from djax.program import Program
+from djax.prompts import Prompt, shared_masked, shared_prompts
 from djax.recipes import Recipe
+from djax.sharding import Rules
 from djax.state import Parts
 from djax.text import Tokenizer, has_tokenizer
 from djax.types import Denoiser, Params
+from djax.weights import accept
 
 
 class Streamer(Protocol):
@@ -46,7 +50,7 @@ def load(
     *,
     dtype: str | None = None,
     mesh: Mesh | None = None,
-    rules: Any = None,
+    rules: Rules | None = None,
     mask_id: int | None = None,
     eos_id: int | None = None,
     kernels: Kernels | None = None,
@@ -59,16 +63,18 @@ def load(
             None or "djax:base" is the small model bundled with djax, "djax:compressed" the same after
             trajectory compression.
         dtype: of weights and activations: "bfloat16", "float32" or "float16"; None keeps the checkpoint's.
-        mesh: devices to shard over; None is the default device.
-        rules: logical axis name to mesh axis, see `djax.sharding`; None is its default.
+        mesh: devices to shard over, from `djax.sharding.make_mesh` or your own, Auto or Explicit; None is the default
+            device. Each process of several reads its own devices' parts only.
+        rules: logical axis name to mesh axis, see `djax.sharding`; None is its default for this model.
         mask_id: overrides the checkpoint's mask id.
         eos_id: overrides the checkpoint's EOS id.
-        kernels: implementations to run on; None picks the best for the hardware (`djax.models.kernels_on`).
+        kernels: implementations to run on; None picks the best for the hardware.
         progress: called with (bytes done, bytes in all).
 
     Raises:
         convert.CheckpointError: (a ValueError) there is no such checkpoint, or it is damaged, incomplete or
             unsupported; names the file and the key.
+        ValueError: the mesh or the rules do not fit the model; names the parameter and the numbers.
     """
     import convert
     from djax import assets
@@ -81,7 +87,7 @@ def load(
     config = dataclasses.replace(
         config, mask_id=config.mask_id if mask_id is None else mask_id,
         eos_id=config.eos_id if eos_id is None else eos_id)
-    return DiffusionLM(config, params, tokenizer=tokenizer, mesh=mesh, kernels=kernels)
+    return DiffusionLM(config, params, tokenizer=tokenizer, mesh=mesh, rules=rules, kernels=kernels)
 
 
 class DiffusionLM:
@@ -89,28 +95,31 @@ class DiffusionLM:
 
     def __init__(
         self, config: ModelConfig, params: Params, *, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None,
-        kernels: Kernels | None = None,
+        rules: Rules | None = None, kernels: Kernels | None = None,
     ) -> None:
         """Wrap loaded weights. `params` is the `nnx.State` (or pure dict) of `djax.models.build(config)`.
 
-        `kernels` names the implementations to run on; None takes `djax.models.kernels_on(mesh)`.
+        On a mesh they are placed by `rules`; what lies there already is not copied. `kernels` names the
+        implementations to run on.
+
+        Raises:
+            ValueError: the mesh or the rules do not fit the model; names the parameter and the numbers.
         """
         self.config = config
-        self.params = params
         self.tokenizer = tokenizer
         self.mesh = mesh
-        chosen = kernels_on(mesh) if kernels is None else kernels
-        self.denoiser = ModelDenoiser(nnx.split(build(config, kernels=chosen))[0])
-        self._compiled = 0
-        self._denoise = self._jit(_denoise)
-        self._begin = self._jit(_begin)
-        self._advance = self._jit(_advance)
-        self._logits = self._jit(_logits)
+        self.program = Program(config, mesh=mesh, rules=rules, kernels=Kernels() if kernels is None else kernels)
+        self.params = self.program.place_params(params)
+
+    @functools.cached_property
+    def denoiser(self) -> ModelDenoiser:
+        """The model for `djax.denoise` inside your own `jax.jit`; on a mesh XLA partitions it."""
+        return ModelDenoiser(nnx.split(build(self.config, kernels=kernels_on(self.mesh)))[0])
 
     @property
     def compile_count(self) -> int:
         """Programs compiled by this object so far."""
-        return self._compiled
+        return self.program.compile_count
 
     @property
     def vocab_limit(self) -> int:
@@ -119,11 +128,11 @@ class DiffusionLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None,
         *,
         recipe: Recipe | None = None,
         max_new_tokens: int = 256,
-        block_length: int = 64,
+        block_length: int | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -142,10 +151,12 @@ class DiffusionLM:
         lengths fall into the same bucket (`djax.canvas.bucket_size`); `compile_count` tells.
 
         Args:
-            prompts: texts (taken as they are), conversations (through the chat template) or token ids.
-            recipe: which decoder, from `djax.recipes`; default `recipes.dinfer()`.
+            prompts: texts (taken as they are), conversations (through the chat template) or token ids. On a mesh of
+                several processes all have them, or one has and the others give None; all call alike.
+            recipe: which decoder, from `djax.recipes`; default `recipes.default_for(config)`:
+                `dinfer()`, or `llada2()` for a model with blocks.
             max_new_tokens: positions to generate per row; need not be a multiple of `block_length`.
-            block_length: positions decoded together.
+            block_length: positions decoded together; None is the length of the model's own blocks, or 64.
             temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
             top_k: draw from the k most probable tokens only.
             top_p: draw from the smallest set of tokens with this mass only.
@@ -156,25 +167,27 @@ class DiffusionLM:
             eos_id: overrides the model's EOS id; several end a sequence alike.
             stop_on_eos: end a row with the block that holds its first EOS; completions are trimmed there
                 either way.
-            align: put block boundaries on multiples of `block_length` from each row's start.
+            align: put block boundaries on multiples of `block_length` from each row's start; always for a model with
+                blocks.
             row_ids: identity of each row for the random key; rows keep their samples when a batch is cut.
 
         Raises:
             ValueError: names the argument, what came and what is allowed.
         """
         options = CallOptions(
-            recipe=recipe or recipes.dinfer(), block_length=block_length, temperature=temperature, top_k=top_k,
+            **self._defaults(recipe, block_length), temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, guidance=guidance, mask_id=mask_id, eos_id=eos_id, stop_on_eos=stop_on_eos)
-        canvas, parts, eos_ids = self._prepare(prompts, options, max_new_tokens=max_new_tokens, align=align)
-        return self._run(canvas, parts, options, eos_ids=eos_ids, key=key, row_ids=row_ids)
+        canvas, parts, eos_ids = self._prepare(
+            prompts, options, max_new_tokens=max_new_tokens, align=align, key=key, row_ids=row_ids)
+        return self.decode(canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids)
 
     def infill(
         self,
-        token_ids: Sequence[Sequence[int]] | Sequence[int],
-        mask: Sequence[Sequence[bool]] | Sequence[bool],
+        token_ids: Sequence[Sequence[int]] | Sequence[int] | None,
+        mask: Sequence[Sequence[bool]] | Sequence[bool] | None,
         *,
         recipe: Recipe | None = None,
-        block_length: int = 64,
+        block_length: int | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -190,10 +203,10 @@ class DiffusionLM:
         generated: the tokens on both sides are given. `tokens` and `text` of the result are whole rows.
 
         Args:
-            token_ids: one row or several, ragged.
+            token_ids: one row or several, ragged; None as for `generate`, with a mask of None.
             mask: True where a token is to be filled in; the shape of `token_ids`.
             recipe: as in `generate`, and so are the other arguments.
-            block_length: positions decoded together.
+            block_length: positions decoded together; None is the length of the model's own blocks, or 64.
             temperature: 0 is greedy.
             top_k: see `generate`.
             top_p: see `generate`.
@@ -207,27 +220,30 @@ class DiffusionLM:
             ValueError: names the argument, what came and what is allowed.
         """
         options = CallOptions(
-            recipe=recipe or recipes.dinfer(), block_length=block_length, temperature=temperature, top_k=top_k,
+            **self._defaults(recipe, block_length, gaps=True), temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, guidance=guidance, mask_id=mask_id, eos_id=None, stop_on_eos=False)
+        rows, masks = shared_masked(
+            token_ids, mask, vocab_size=self.config.vocab_size, mesh=self.mesh,
+            call={"call": "infill", **vars(options), "key": key, "row_ids": row_ids})
         mask_token, eos_ids = resolve_ids(options, self.config)
-        rows = encode_prompts(token_ids, tokenizer=None, vocab_size=self.config.vocab_size)
-        masks: Sequence[Any] = mask if len(mask) and isinstance(mask[0], Sequence | np.ndarray) else [mask]
+        recipes.check_blocks(options.recipe, self.config, block_length=options.block_length, gaps=True)
         canvas = Canvas.from_tokens(
-            rows, masks, block_length=block_length, mask_id=mask_token, pad_id=self.config.pad_id)
+            rows, masks, block_length=options.block_length, mask_id=mask_token, pad_id=self.config.pad_id,
+            align=self.config.block_length is not None)
         parts = make_parts(options, mask_id=mask_token, eos_ids=eos_ids, vocab_limit=self.vocab_limit,
                            forbidden=eos_ids)
-        got = self._run(canvas, parts, options, eos_ids=(), key=key, row_ids=row_ids)
+        got = self.decode(canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
         whole = [row[valid] for row, valid in zip(got.canvas, got.canvas_mask, strict=True)]
         text = None if self.tokenizer is None else [self.tokenizer.decode(row) for row in whole]
         return dataclasses.replace(got, tokens=whole, text=text)
 
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None,
         *,
         recipe: Recipe | None = None,
         max_new_tokens: int = 256,
-        block_length: int = 64,
+        block_length: int | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -253,30 +269,75 @@ class DiffusionLM:
             ValueError: names the argument, what came and what is allowed; before the first step.
         """
         options = CallOptions(
-            recipe=recipe or recipes.dinfer(), block_length=block_length, temperature=temperature, top_k=top_k,
+            **self._defaults(recipe, block_length), temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, guidance=guidance, mask_id=mask_id, eos_id=eos_id, stop_on_eos=stop_on_eos)
-        canvas, parts, eos_ids = self._prepare(prompts, options, max_new_tokens=max_new_tokens, align=align)
+        canvas, parts, eos_ids = self._prepare(
+            prompts, options, max_new_tokens=max_new_tokens, align=align, key=key, row_ids=row_ids,
+            call=f"stream, drafts={drafts}")
         if streamer is not None and canvas.batch != 1:
             raise ValueError(f"streamer: got {canvas.batch} prompts; a streamer takes one; stream without it")
-        steps = self._stream(canvas, parts, options, eos_ids=eos_ids, key=key, row_ids=row_ids, drafts=drafts)
+        steps = self._stream(
+            canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids, drafts=drafts)
         return steps if streamer is None else _feed(streamer, canvas, steps)
 
-    def logits(self, prompts: Prompt | Sequence[Prompt]) -> Float[np.ndarray, "B T V"]:
-        """float32 logits of one full bidirectional forward; shorter rows are padded on the left.
+    def decode(
+        self, canvas: Canvas, parts: Parts, *, guidance: float | None = None, eos_ids: Sequence[int] = (),
+        key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None,
+    ) -> Generation:
+        """Decode a canvas of your own with parts of your own, in one jitted program: what `generate` ends in.
+
+        Args:
+            canvas: the same on every process of the mesh.
+            parts: likewise.
+            guidance: as in `generate`.
+            eos_ids: at which completions are trimmed; none keeps every open position.
+            key: as in `generate`.
+            row_ids: as in `generate`.
+
+        Raises:
+            ValueError: not one row id for each row.
+        """
+        arguments = self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
+        with with_peers(self.mesh):
+            result = self.program.denoise(*arguments)
+            return to_generation(canvas, result, eos_ids=eos_ids, tokenizer=self.tokenizer)
+
+    def update_params(self, params: Params, filter_types: Sequence[type[nnx.Variable[Any]]] | None = None) -> None:
+        """Generate with new weights from the next call on; nothing is compiled for them.
+
+        They are checked first, then moved to the devices of the old ones and cast to their dtype. What is there
+        already is shared and not copied: a training step that donates its parameters would delete them here too.
+        Streams that have begun go on with the old weights.
+
+        Args:
+            params: an `nnx.State` or a pure dict of arrays, on any mesh.
+            filter_types: variable types, such as `(nnx.LoRAParam,)`: only leaves of these types are replaced.
+
+        Raises:
+            ValueError: other leaves, shapes, or dtypes that are no floats; names the leaf, and nothing has changed.
+        """
+        self.params = accept(self.params, params, filter_types=filter_types)
+
+    def logits(self, prompts: Prompt | Sequence[Prompt] | None) -> Float[np.ndarray, "B T V"]:
+        """float32 logits of one full forward; shorter rows are padded on the left.
 
         Position i's logits are about the token at position i: there is no shift.
         """
-        rows = encode_prompts(prompts, tokenizer=self.tokenizer, vocab_size=self.config.vocab_size)
+        rows = self._rows(prompts, {"call": "logits"})
         length = max(max(len(row) for row in rows), 1)
         tokens = np.full((len(rows), length), self.config.pad_id, np.int32)
         valid, positions = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.int32)
         for index, row in enumerate(rows):
             here = slice(length - len(row), length)
             tokens[index, here], valid[index, here], positions[index, here] = row, True, np.arange(len(row))
-        return np.asarray(self._logits(self.denoiser, self.params, *self._place((tokens, valid, positions))))
+        missing = -len(rows) % self.program.row_parts
+        arrays = [np.pad(array, ((0, missing), (0, 0))) for array in (tokens, valid, positions)]
+        program = self.program
+        got = program.logits(program.denoiser, self.params, *program.place_rows(tuple(arrays)))
+        return np.asarray(got)[: len(rows)]
 
     def warmup(
-        self, shapes: Sequence[tuple[int, int, int]], *, recipe: Recipe | None = None, block_length: int = 64,
+        self, shapes: Sequence[tuple[int, int, int]], *, recipe: Recipe | None = None, block_length: int | None = None,
         top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
         guidance: float | None = None,
     ) -> int:
@@ -287,33 +348,47 @@ class DiffusionLM:
         """
         before = self.compile_count
         options = CallOptions(
-            recipe=recipe or recipes.dinfer(), block_length=block_length, temperature=0.0, top_k=top_k, top_p=top_p,
+            **self._defaults(recipe, block_length), temperature=0.0, top_k=top_k, top_p=top_p,
             min_p=min_p, guidance=guidance, mask_id=None, eos_id=None, stop_on_eos=True)
         for batch, prompt_length, max_new_tokens in shapes:
             canvas, parts, _ = self._prepare([[0] * prompt_length] * batch, options, max_new_tokens=max_new_tokens,
                                              align=False)
             # Nothing to decode: the program is compiled and its loop ends before the first step.
             idle = dataclasses.replace(canvas, is_masked=jnp.zeros_like(canvas.is_masked))
-            arguments = self._arguments(idle, parts, options, key=0, row_ids=None)
-            jax.block_until_ready(self._denoise(*arguments))
+            arguments = self._arguments(idle, parts, guidance=guidance, key=0, row_ids=None)
+            jax.block_until_ready(self.program.denoise(*arguments))
         return self.compile_count - before
 
     def memory_estimate(
-        self, batch: int, canvas_length: int, *, recipe: Recipe | None = None, block_length: int = 64
+        self, batch: int, canvas_length: int, *, recipe: Recipe | None = None, block_length: int | None = None
     ) -> MemoryEstimate:
         """Bytes that a generation needs, from the shapes alone: nothing is compiled."""
         return estimate_memory(
-            self.config, batch=batch, canvas_length=canvas_length, block_length=block_length,
-            recipe=recipe or recipes.dinfer(), parameter_bytes=_nbytes(self.params))
+            self.config, batch=batch, canvas_length=canvas_length, parameter_bytes=_nbytes(self.params),
+            **self._defaults(recipe, block_length))
+
+    def _defaults(self, recipe: Recipe | None, block_length: int | None, *, gaps: bool = False) -> dict[str, Any]:
+        """Recipe and block length of a call, where it says nothing those of the model."""
+        return {"recipe": recipes.default_for(self.config, gaps=gaps) if recipe is None else recipe,
+                "block_length": (self.config.block_length or 64) if block_length is None else block_length}
+
+    def _rows(self, prompts: Prompt | Sequence[Prompt] | None, call: Mapping[str, Any]) -> list[list[int]]:
+        """Token ids of the prompts, whichever of the mesh's processes has them; `call` is the same on all."""
+        return shared_prompts(
+            prompts, tokenizer=self.tokenizer, vocab_size=self.config.vocab_size, mesh=self.mesh, call=call)
 
     def _prepare(
-        self, prompts: Prompt | Sequence[Prompt], options: CallOptions, *, max_new_tokens: int, align: bool
+        self, prompts: Prompt | Sequence[Prompt] | None, options: CallOptions, *, max_new_tokens: int, align: bool,
+        key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None, call: str = "generate",
     ) -> tuple[Canvas, Parts, tuple[int, ...]]:
+        rows = self._rows(prompts, {
+            "call": call, **vars(options), "max_new_tokens": max_new_tokens, "align": align, "key": key,
+            "row_ids": row_ids})
         mask_id, eos_ids = resolve_ids(options, self.config)
-        rows = encode_prompts(prompts, tokenizer=self.tokenizer, vocab_size=self.config.vocab_size)
+        recipes.check_blocks(options.recipe, self.config, block_length=options.block_length)
         canvas = Canvas.from_prompts(
             rows, max_new_tokens=max_new_tokens, block_length=options.block_length, mask_id=mask_id,
-            pad_id=self.config.pad_id, align=align)
+            pad_id=self.config.pad_id, align=align or self.config.block_length is not None)
         longest = max(len(row) for row in rows) + max_new_tokens
         if longest > self.config.max_positions:
             raise ValueError(
@@ -321,81 +396,43 @@ class DiffusionLM:
                 f"{self.config.max_positions} positions in all; shorten the prompt or generate less")
         return canvas, make_parts(options, mask_id=mask_id, eos_ids=eos_ids, vocab_limit=self.vocab_limit), eos_ids
 
-    def _run(
-        self, canvas: Canvas, parts: Parts, options: CallOptions, *, eos_ids: Sequence[int],
-        key: int | Key[Array, ""], row_ids: Sequence[int] | None,
-    ) -> Generation:
-        result = self._denoise(*self._arguments(canvas, parts, options, key=key, row_ids=row_ids))
-        return to_generation(canvas, result, eos_ids=eos_ids, tokenizer=self.tokenizer)
-
     def _stream(
-        self, canvas: Canvas, parts: Parts, options: CallOptions, *, eos_ids: Sequence[int],
+        self, canvas: Canvas, parts: Parts, *, guidance: float | None, eos_ids: Sequence[int],
         key: int | Key[Array, ""], row_ids: Sequence[int] | None, drafts: bool,
     ) -> Iterator[StreamStep]:
         reader = StreamReader(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer)
-        denoiser, params, canvas, key, parts, rows = self._arguments(canvas, parts, options, key=key, row_ids=row_ids)
-        state, more = self._begin(denoiser, params, canvas, key, parts, rows)
+        denoiser, params, canvas, key, parts, rows = self._arguments(
+            canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
+        state, more = self.program.begin(denoiser, params, canvas, key, parts, rows)
         block = 0
         while more:
             block += 1
             steps, before_block = (1, canvas.num_blocks) if drafts else (np.iinfo(np.int32).max, block)
-            state, more = self._advance(
-                denoiser, params, canvas, state, parts, jnp.int32(steps), jnp.int32(before_block))
-            yield reader.read(state, last=not bool(more))
+            limits = self.program.place((jnp.int32(steps), jnp.int32(before_block)))
+            with with_peers(self.mesh):
+                state, shown, more = self.program.advance(denoiser, params, canvas, state, parts, *limits)
+                step = reader.read(shown, last=not bool(more))
+            yield step
 
     def _arguments(
-        self, canvas: Canvas, parts: Parts, options: CallOptions, *, key: int | Key[Array, ""],
+        self, canvas: Canvas, parts: Parts, *, guidance: float | None, key: int | Key[Array, ""],
         row_ids: Sequence[int] | None,
     ) -> tuple[Denoiser, Params, Canvas, Key[Array, ""], Parts, Int[Array, "B"]]:
         """What the jitted functions take, placed on the mesh."""
         ids = np.arange(canvas.batch) if row_ids is None else np.asarray(row_ids)
         if ids.shape != (canvas.batch,):
             raise ValueError(f"row_ids: got {ids.size} ids; allowed one for each of the {canvas.batch} prompts")
-        denoiser: Denoiser = self.denoiser
-        if options.guidance is not None:
-            denoiser = Guided(denoiser, scale=jnp.float32(options.guidance), mask_id=canvas.mask_id,
-                              unconditional=canvas.valid & ~canvas.is_masked)
+        program = self.program
+        padded = program.pad_rows(canvas)
+        row_numbers = np.concatenate([ids, np.zeros(padded.batch - canvas.batch, ids.dtype)]).astype(np.int32)
+        denoiser: Denoiser = program.denoiser
+        if guidance is not None:
+            denoiser = Guided(denoiser, scale=jnp.float32(guidance), mask_id=padded.mask_id,
+                              unconditional=padded.valid & ~padded.is_masked)
         random_key = jax.random.key(key) if isinstance(key, int | np.integer) else key
-        placed = self._place((denoiser, canvas, random_key, parts, jnp.asarray(ids, jnp.int32)))
-        denoiser, canvas, random_key, parts, rows = placed
-        return denoiser, self.params, canvas, random_key, parts, rows
-
-    def _place(self, tree: Any) -> Any:
-        """Replicate a pytree over the mesh; without one leave it where it is."""
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
-
-    def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`jax.jit` that counts its compilations: a trace happens exactly once for each."""
-
-        def traced(*arguments: Any) -> Any:
-            self._compiled += 1
-            return function(*arguments)
-
-        return jax.jit(traced)
-
-
-def _denoise(denoiser: Denoiser, params: Params, canvas: Canvas, key: Array, parts: Parts, rows: Array) -> Any:
-    axes = {field.name: getattr(parts, field.name) for field in dataclasses.fields(parts)}
-    return denoise(denoiser, params, canvas, key, row_ids=rows, **axes)
-
-
-def _begin(denoiser: Denoiser, params: Params, canvas: Canvas, key: Array, parts: Parts, rows: Array) -> Any:
-    state = begin(denoiser, params, canvas, key, parts=parts, row_ids=rows)
-    return state, unfinished(canvas, state)
-
-
-def _advance(
-    denoiser: Denoiser, params: Params, canvas: Canvas, state: Any, parts: Parts, steps: Array, before_block: Array
-) -> Any:
-    state = advance(denoiser, params, canvas, state, parts=parts, steps=steps, before_block=before_block)
-    return state, unfinished(canvas, state)
-
-
-def _logits(denoiser: Denoiser, params: Params, tokens: Array, valid: Array, positions: Array) -> Array:
-    hidden, _ = denoiser.apply(
-        params, denoiser.embed(params, tokens), positions=denoiser.place(params, positions), key_mask=valid,
-        window_start=jnp.int32(0), write=valid, cache=None)
-    return denoiser.unembed(params, hidden)
+        denoiser, padded, row_numbers = program.place_rows((denoiser, padded, row_numbers))
+        random_key, parts = program.place((random_key, parts))
+        return denoiser, self.params, padded, random_key, parts, row_numbers
 
 
 def _feed(streamer: Streamer, canvas: Canvas, steps: Iterator[StreamStep]) -> Iterator[StreamStep]:

@@ -102,6 +102,31 @@ class Vicinity:
 
 
 @struct.dataclass
+class BlockCausal:
+    """For models in which no block sees a later one (block diffusion, BD3-LM, arXiv 2503.09573; LLaDA2).
+
+    One full forward at the start fills the cache with the prompt. From then on each step recomputes the block and the
+    one before it, whose keys are by then those of its final tokens; all before are final already. Nothing is stale,
+    but blocks have to be decoded without gaps, and their boundaries have to be boundaries of the model's blocks:
+    `Canvas.from_prompts(align=True)`, with a block length that is a multiple of the model's.
+    """
+
+    @property
+    def exact(self) -> bool:
+        """True, for the models and canvases it is for, and hard tokens."""
+        return True
+
+    def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
+        """2 L, at most the canvas."""
+        return min(2 * block_length, canvas_length)
+
+    def plan(self, info: StepInfo, canvas_length: int, block_length: int) -> Plan:
+        """The block and the one before it; all at the very first step."""
+        return Plan(refresh=(info.block == 0) & (info.step_in_block == 0),
+                    start=jnp.maximum(info.block_start - block_length, 0), end=info.block_start + block_length)
+
+
+@struct.dataclass
 class Periodic:
     """Also refreshes at every `every`-th step of a block. With 1 nothing is ever stale."""
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from djax import struct
@@ -32,6 +33,8 @@ class Canvas:
     first_block: int = struct.field(pytree_node=False)
     """Canvas index of block 0's first position."""
     block_length: int = struct.field(pytree_node=False)
+    row_axes: tuple[str, ...] = struct.field(pytree_node=False, default=())
+    """Mesh axes over which the rows are split, inside `jax.shard_map`: the arrays are then one device's rows."""
 
     @property
     def batch(self) -> int:
@@ -52,6 +55,11 @@ class Canvas:
         """Number of set positions in each block, int32."""
         region = is_masked[:, self.first_block:]
         return region.reshape(self.batch, self.num_blocks, self.block_length).sum(-1, dtype=jnp.int32)
+
+    def any_row(self, flags: Bool[Array, "B N"]) -> Bool[Array, "N"]:
+        """Where a flag is set in any row, on whatever device: all rows are in the same block at the same time."""
+        found = flags.any(0)
+        return lax.pmax(found.astype(jnp.int32), self.row_axes) > 0 if self.row_axes else found
 
     @classmethod
     def from_prompts(
@@ -101,12 +109,14 @@ class Canvas:
         block_length: int,
         mask_id: int,
         pad_id: int,
+        align: bool = False,
         bucket: bool = True,
     ) -> Canvas:
         """Rows with open positions anywhere (infilling); all other tokens are pinned.
 
-        Blocks begin at each row's first open position; rows without one are only padded. Tokens under
-        `masked` are replaced by the mask id.
+        Blocks begin at each row's first open position, or with `align` at the last multiple of `block_length`, counted
+        from the row's first token, that is not after it; rows without one are only padded. Tokens under `masked` are
+        replaced by the mask id.
 
         Raises:
             ValueError: shapes that differ, or no row at all.
@@ -122,8 +132,10 @@ class Canvas:
             rows.append(np.where(row_mask, np.int32(mask_id), row_ids))
             masks.append(row_mask)
         lead = [int(mask.argmax()) if mask.any() else len(mask) for mask in masks]
+        if align:
+            lead = [first // block_length * block_length for first in lead]
         return cls._lay_out(rows, masks, lead, block_length=block_length, mask_id=mask_id, pad_id=pad_id,
-                            bucket=bucket, worst_rest=1)
+                            bucket=bucket, worst_rest=block_length if align else 1)
 
     @classmethod
     def _lay_out(

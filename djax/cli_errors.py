@@ -92,6 +92,9 @@ def _describe(error: Exception) -> tuple[int, str] | None:
         return WRONG_INPUT, _system(error)
     if isinstance(error, ValueError | NotImplementedError):
         return WRONG_INPUT, str(error) or type(error).__name__
+    distributed = sys.modules.get("djax.distributed")
+    if distributed is not None and isinstance(error, distributed.PeerLost):
+        return FAILED, str(error)
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(error, jax.errors.JaxRuntimeError):
         text = str(error)

@@ -14,6 +14,11 @@ from djax.cli_errors import refused
 
 _MODEL, _RECIPE, _PARTS, _SAMPLING = "Model", "Recipe", "Parts (override the recipe's)", "Sampling"
 _LENGTH = "Length"
+MESH_METAVAR, DISTRIBUTED_METAVAR = "AXIS=N,...|PRESET", "auto|HOST:PORT,COUNT,INDEX"
+MESH_HELP = "Devices to split the model over: tensor=4,expert=2, or tp, ep, tp_ep, dp_tp, ... for all that are there."
+DISTRIBUTED_HELP = (
+    "This is one of several processes that run the same command: auto finds the others on Cloud TPU, GKE, SLURM and "
+    "Open MPI. The first one reads and prints.")
 
 
 def _option(name: str, *, panel: str, help: str, metavar: str | None = None) -> Any:
@@ -53,6 +58,9 @@ class ModelFlags:
         "--mask-id", panel=_MODEL, help="Token id of the mask, if the checkpoint does not say.")] = None
     eos_id: Annotated[int | None, _integer(
         "--eos-id", panel=_MODEL, help="Token id that ends a sequence, instead of the checkpoint's.")] = None
+    mesh: Annotated[str | None, _option("--mesh", panel=_MODEL, metavar=MESH_METAVAR, help=MESH_HELP)] = None
+    distributed: Annotated[str | None, _option(
+        "--distributed", panel=_MODEL, metavar=DISTRIBUTED_METAVAR, help=DISTRIBUTED_HELP)] = None
     debug: Annotated[bool, _option("--debug", panel=_MODEL, help="Show tracebacks.")] = False
 
 
@@ -61,7 +69,8 @@ class RecipeFlags:
     """A recipe, and parts that replace its own. None means: as the recipe has it."""
 
     recipe: Annotated[str, _option(
-        "--recipe", panel=_RECIPE, help="llada, fast_dllm, dinfer, dinfer_credit or dinfer_hierarchical.")] = "dinfer"
+        "--recipe", panel=_RECIPE,
+        help="llada, fast_dllm, dinfer, dinfer_credit, dinfer_hierarchical or llada2.")] = "dinfer"
     strategy: Annotated[str | None, _option(
         "--strategy", panel=_PARTS, help="threshold, quota, factor or hierarchical.")] = None
     threshold: Annotated[float | None, _number(
@@ -77,7 +86,8 @@ class RecipeFlags:
         "--random-order", panel=_PARTS, help="Choose positions at random instead of by confidence.")] = False
     remask: Annotated[float | None, _number(
         "--remask", panel=_PARTS, help="Reopen tokens whose probability falls below this.")] = None
-    cache: Annotated[str | None, _option("--cache", panel=_PARTS, help="none, prefix, dual or vicinity.")] = None
+    cache: Annotated[str | None, _option(
+        "--cache", panel=_PARTS, help="none, prefix, dual, vicinity or block_causal.")] = None
     before: Annotated[int | None, _integer(
         "--before", panel=_PARTS, help="vicinity: positions before the block that each step recomputes.")] = None
     after: Annotated[int | None, _integer("--after", panel=_PARTS, help="vicinity: positions after it.")] = None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from djax import recipes
-from djax.cache_policies import Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
+from djax.cache_policies import BlockCausal, Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
 from djax.cli_errors import WrongInput, shown
 from djax.cli_options import RecipeFlags
 from djax.recipes import Recipe
@@ -28,9 +28,11 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "dinfer": recipes.dinfer,
     "dinfer_credit": recipes.dinfer_credit,
     "dinfer_hierarchical": recipes.dinfer_hierarchical,
+    "llada2": recipes.llada2,
 }
 STRATEGIES: dict[str, type] = {"threshold": Threshold, "quota": Quota, "factor": Factor, "hierarchical": Hierarchical}
-CACHES: dict[str, type] = {"none": NoCache, "prefix": Prefix, "dual": Dual, "vicinity": Vicinity}
+CACHES: dict[str, type] = {
+    "none": NoCache, "prefix": Prefix, "dual": Dual, "vicinity": Vicinity, "block_causal": BlockCausal}
 MASK_TOKENS = ("forbid", "refuse")
 
 _STRATEGY_FLAGS = {"threshold": "threshold", "steps": "quota", "factor": "factor", "high": "hierarchical",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 
 from djax.api import DiffusionLM, load
 from djax.models import init_params
+from djax.sharding import make_mesh
 from djax.train import TrainConfig, read_config
-from djax.train.run import make_batches, make_mesh, make_source, train
+from djax.train.run import make_batches, make_source, train
 from djax.types import Params
 
 MODEL_NAME = "model"
@@ -31,7 +33,7 @@ def run(path: Path) -> Path:
     config = read_config(path)
     output = Path(config.training.output)
     output.mkdir(parents=True, exist_ok=True)
-    mesh = None if config.mesh is None else make_mesh(config.mesh)
+    mesh = None if config.mesh is None else make_mesh(dataclasses.asdict(config.mesh))
     source = resolve_source(assets.resolve(config.model.source))
     lm = load(source, mesh=mesh)
     if lm.tokenizer is None or lm.config.mask_id is None:

@@ -8,6 +8,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 """dtypes that weights and activations may have."""
 LLADA_MOE_MASK_ID = 156895
 """The mask id that LLaDA-MoE's own config class holds; its config.json does not."""
+LLADA2_MOE_MASK_ID = 156895
+"""LLaDA2's, which is not in its config.json either."""
+LLADA2_BLOCK_LENGTH = 32
+"""Positions of an attention block of the published LLaDA2 models; not in their config.json."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,23 +44,107 @@ class LladaMoeConfig:
     architecture: str = dataclasses.field(default="llada_moe", init=False)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-                     "num_experts", "experts_per_token", "expert_size", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; it must be at least 1")
+        _at_least_one(self, (
+            "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts",
+            "experts_per_token", "expert_size", "max_positions"))
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"experts_per_token: got {self.experts_per_token}; at most num_experts={self.num_experts}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads: got {self.num_kv_heads}; it must divide num_heads={self.num_heads}")
+        _check_heads_and_tokens(self)
         if self.head_dim % 2:
             raise ValueError(f"head_dim: got {self.head_dim}; half-split RoPE needs an even width")
-        for name in ("mask_id", "eos_id", "pad_id"):
-            token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name}: got {token}; it must be in [0, vocab_size={self.vocab_size})")
+
+    @property
+    def block_length(self) -> None:
+        """None: attention is bidirectional over the whole canvas."""
+        return None
 
 
-ModelConfig = LladaMoeConfig
-"""Union of the architectures' configurations (one so far)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llada2MoeConfig:
+    """LLaDA2.0 (and 2.1), mini and flash: causal over blocks, bidirectional inside one; experts behind dense layers.
+
+    Letters as in `LladaMoeConfig`, which documents the fields that are not documented here.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_dense_layers: int
+    """How many layers from the first on have one dense SwiGLU block in place of experts."""
+    dense_size: int
+    """Its width."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    """How many numbers of a head, from the first on, are rotated by its position."""
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    num_shared_experts: int
+    """Experts that every position goes through besides those of its router; together one block of their widths."""
+    num_groups: int
+    """Groups of equal size that the router's experts are in."""
+    groups_per_token: int
+    """How many groups a position's experts may come from."""
+    routed_scaling_factor: float
+    """What the weights of a position's experts sum to."""
+    rms_norm_eps: float
+    rope_theta: float
+    max_positions: int
+    mask_id: int | None
+    eos_id: int
+    pad_id: int
+    block_length: int = LLADA2_BLOCK_LENGTH
+    """Positions of an attention block: each sees its own block and all before it. Blocks are counted from a row's
+    first real token, prompt included."""
+    dtype: str = "bfloat16"
+    """dtype of weights and activations; router, its bias, softmax and log-probs are float32 regardless."""
+
+    architecture: str = dataclasses.field(default="llada2_moe", init=False)
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, (
+            "vocab_size", "hidden_size", "num_layers", "dense_size", "num_heads", "num_kv_heads", "head_dim",
+            "rotary_dim", "num_experts", "experts_per_token", "expert_size", "num_shared_experts", "num_groups",
+            "groups_per_token", "max_positions", "block_length"))
+        if not 0 <= self.num_dense_layers < self.num_layers:
+            raise ValueError(
+                f"num_dense_layers: got {self.num_dense_layers}; it must be in [0, num_layers={self.num_layers})")
+        _check_heads_and_tokens(self)
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(
+                f"rotary_dim: got {self.rotary_dim}; half-split RoPE needs an even width of at most "
+                f"head_dim={self.head_dim}")
+        if self.num_experts % self.num_groups or self.num_experts < 2 * self.num_groups:
+            raise ValueError(
+                f"num_groups: got {self.num_groups}; it must divide num_experts={self.num_experts} into groups of at "
+                "least 2, whose two best score a group")
+        if self.groups_per_token > self.num_groups:
+            raise ValueError(f"groups_per_token: got {self.groups_per_token}; at most num_groups={self.num_groups}")
+        allowed = self.groups_per_token * (self.num_experts // self.num_groups)
+        if self.experts_per_token > allowed:
+            raise ValueError(
+                f"experts_per_token: got {self.experts_per_token}; at most {allowed}, the experts of "
+                f"{self.groups_per_token} groups")
+
+
+ModelConfig = LladaMoeConfig | Llada2MoeConfig
+"""Union of the architectures' configurations."""
+
+
+def _at_least_one(config: ModelConfig, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: got {getattr(config, name)}; it must be at least 1")
+
+
+def _check_heads_and_tokens(config: ModelConfig) -> None:
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads: got {config.num_kv_heads}; it must divide num_heads={config.num_heads}")
+    for name in ("mask_id", "eos_id", "pad_id"):
+        token = getattr(config, name)
+        if token is not None and not 0 <= token < config.vocab_size:
+            raise ValueError(f"{name}: got {token}; it must be in [0, vocab_size={config.vocab_size})")

@@ -50,7 +50,8 @@ def denoise(
     """Decode every open position of a canvas, blocks from left to right.
 
     Pure and traceable: call it inside your own `jax.jit`. Row i's result depends on its own canvas row,
-    on `row_ids[i]` and on `key`, not on the batch around it.
+    on `row_ids[i]` and on `key`, not on the batch around it. It may run inside `jax.shard_map`, with a model made for
+    that (`djax.models.build(parallel=)`) and rows over the canvas' `row_axes`; `djax.program` does that.
 
     Args:
         denoiser: the mask predictor.
@@ -98,7 +99,7 @@ def begin(
 
 def unfinished(canvas: Canvas, state: DenoiseState) -> Bool[Array, ""]:
     """Whether any row still has something to decode."""
-    return work_left(canvas, state).any()
+    return canvas.any_row(work_left(canvas, state)).any()
 
 
 def advance(
@@ -116,7 +117,7 @@ def advance(
     blocks = jnp.arange(canvas.num_blocks) < (canvas.num_blocks if before_block is None else before_block)
 
     def more(state: DenoiseState) -> Bool[Array, ""]:
-        return (state.iterations < last) & (work_left(canvas, state) & blocks).any()
+        return (state.iterations < last) & (canvas.any_row(work_left(canvas, state)) & blocks).any()
 
     def refresh_is_next(state: DenoiseState) -> Bool[Array, ""]:
         _, info, _ = enter_block(canvas, parts, state)

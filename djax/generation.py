@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from djax.canvas import Canvas
-from djax.state import DenoiseState, Result, StopReason
+from djax.state import Progress, Result, StopReason
 from djax.text import TextStream, Tokenizer
 
 
@@ -34,6 +34,8 @@ class Generation:
     """`len` of each of `tokens`."""
     nfe: Int[np.ndarray, "B"]
     """Forwards of the network while the row was active."""
+    steps: Int[np.ndarray, "B"]
+    """Denoising steps of the row."""
     refreshes: Int[np.ndarray, "B"]
     """How many steps recomputed the whole canvas."""
     stop_reason: list[str]
@@ -89,11 +91,14 @@ def to_generation(
 ) -> Generation:
     """Fetch a result to the host and cut the completions out of it."""
     got, is_open = jax.device_get((result, canvas.is_masked))
+    # on a mesh there may be rows behind the canvas' own
+    got = jax.tree.map(lambda array: array[:canvas.batch], got)
     tokens = [completion(*row, eos_ids) for row in zip(got.tokens, is_open, got.is_masked, strict=True)]
     return Generation(
         text=None if tokenizer is None else [tokenizer.decode(_without_eos(row, eos_ids)) for row in tokens],
         tokens=tokens, canvas=got.tokens, canvas_mask=got.valid, is_open=is_open, is_masked=got.is_masked,
-        lengths=np.asarray([len(row) for row in tokens], np.int32), nfe=got.nfe, refreshes=got.refreshes,
+        lengths=np.asarray([len(row) for row in tokens], np.int32), nfe=got.nfe, steps=got.steps,
+        refreshes=got.refreshes,
         stop_reason=[StopReason(reason).name.lower() for reason in got.stop_reason],
         commit_step=got.commit_step, log_prob=got.log_prob)
 
@@ -108,10 +113,10 @@ class StreamReader:
         self._text: list[TextStream] | None = (
             None if tokenizer is None else [tokenizer.stream() for _ in range(canvas.batch)])
 
-    def read(self, state: DenoiseState, *, last: bool) -> StreamStep:
-        """The step for a state; `last` flushes what the detokenizer held back."""
-        got = jax.device_get((state.tokens, state.is_masked, state.done, state.nfe, state.block))
-        tokens, is_masked, done, nfe, block = got
+    def read(self, progress: Progress, *, last: bool) -> StreamStep:
+        """The step for a state of the loop; `last` flushes what the detokenizer held back."""
+        got = jax.device_get(progress)
+        tokens, is_masked, done, nfe = (array[:self._canvas.batch] for array in got[:4])
         final = [self._final(row, tokens, is_masked, bool(done[row]) or last) for row in range(self._canvas.batch)]
         committed = [row[given:] for row, given in zip(final, self._given, strict=True)]
         self._given = [len(row) for row in final]
@@ -124,7 +129,7 @@ class StreamReader:
             tokens=tokens, is_masked=is_masked, valid=self._valid, is_open=self._is_open,
             generated=slice(first, self._canvas.length), committed=committed, text=text,
             draft=[tokens[row][self._is_open[row]][self._given[row]:] for row in range(self._canvas.batch)],
-            block=int(block), nfe=nfe, done=done)
+            block=int(got.block), nfe=nfe, done=done)
 
     def _final(self, row: int, tokens: np.ndarray, is_masked: np.ndarray, done: bool) -> Int[np.ndarray, "n"]:
         """Tokens of the row's finished blocks; a position of an unfinished one might still be reopened."""

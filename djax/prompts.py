@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
+from djax.distributed import share, spans_processes
 from djax.text import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -28,6 +30,43 @@ def encode_prompts(
     if not batch:
         raise ValueError("prompts: got an empty list; give at least one prompt")
     return [_encode(prompt, f"prompts[{index}]", tokenizer, vocab_size) for index, prompt in enumerate(batch)]
+
+
+def shared_prompts(
+    prompts: Prompt | Sequence[Prompt] | None, *, tokenizer: Tokenizer | None, vocab_size: int, mesh: Mesh | None,
+    call: Mapping[str, Any],
+) -> list[list[int]]:
+    """`encode_prompts`, of a mesh whose processes have them all or one of them: the others give None.
+
+    `call` are the call's other arguments, which must be the same on all.
+
+    Raises:
+        ValueError: as `encode_prompts` and `djax.distributed.share`, on every process.
+    """
+    def encode() -> list[list[int]]:
+        return encode_prompts(prompts, tokenizer=tokenizer, vocab_size=vocab_size)  # type: ignore[arg-type]
+
+    if mesh is None or not spans_processes(mesh):
+        return encode()
+    return share(lambda: None if prompts is None else encode(), devices=mesh.devices.flat, name="prompts", same=call)
+
+
+def shared_masked(
+    token_ids: Sequence[Sequence[int]] | Sequence[int] | None, mask: Sequence[Sequence[bool]] | Sequence[bool] | None,
+    *, vocab_size: int, mesh: Mesh | None, call: Mapping[str, Any],
+) -> tuple[list[list[int]], Sequence[Any]]:
+    """Rows to fill in and their masks, by the rules of `shared_prompts`."""
+    def encode() -> tuple[list[list[int]], Sequence[Any]]:
+        rows = encode_prompts(token_ids, tokenizer=None, vocab_size=vocab_size)  # type: ignore[arg-type]
+        if mask is None:
+            raise ValueError("mask: got None; allowed one for each row of token_ids")
+        return rows, mask if len(mask) and isinstance(mask[0], Sequence | np.ndarray) else [mask]
+
+    if mesh is None or not spans_processes(mesh):
+        return encode()
+    rows, masks = share(
+        lambda: None if token_ids is None else encode(), devices=mesh.devices.flat, name="token_ids", same=call)
+    return rows, masks
 
 
 def check_ids(ids: Any, *, name: str, vocab_size: int) -> list[int]:

@@ -12,7 +12,8 @@ from typing import Literal
 from jaxtyping import Array, Float, Int
 
 from djax import struct
-from djax.cache_policies import Dual, NoCache, Prefix, Vicinity, WithWarmup
+from djax.cache_policies import BlockCausal, Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
+from djax.config import ModelConfig
 from djax.schedules import Linear
 from djax.smoothing import HardTokens, SoftTokens
 from djax.strategies import Factor, Hierarchical, Quota, Threshold
@@ -118,6 +119,58 @@ def dinfer_hierarchical(
     limit = high if smoothing is None else Linear(1.0, -0.02, minimum=high)
     return Recipe(strategy=Hierarchical(high=limit, low=low), cache_policy=_vicinity(before, after, warmup, cache),
                   smoothing=_soft(smoothing))
+
+
+def llada2(*, threshold: Number = 0.95, cache: bool = True) -> Recipe:
+    """LLaDA2.0's decoder (arXiv 2512.15745): threshold decoding block by block, over a cache of all earlier blocks.
+
+    For models that are causal over blocks, on canvases whose blocks are theirs (`djax.cache_policies.BlockCausal`).
+    The cache changes no token: keys of earlier blocks are those of their final tokens.
+
+    Args:
+        threshold: commit what is at least this probable; 0.95 is the default of the models' own code.
+        cache: False computes the whole canvas at every step.
+    """
+    return Recipe(strategy=Threshold(threshold), cache_policy=BlockCausal() if cache else NoCache())
+
+
+def default_for(config: ModelConfig, *, gaps: bool = False) -> Recipe:
+    """The recipe of a generation for which nobody names one: `dinfer()`, or `llada2()` for models with blocks.
+
+    With `gaps`, as in infilling, the latter is without a cache (see `check_blocks`).
+    """
+    return dinfer() if config.block_length is None else llada2(cache=not gaps)
+
+
+def check_blocks(recipe: Recipe, config: ModelConfig, *, block_length: int, gaps: bool = False) -> None:
+    """Refuse a recipe whose cache is exact for other models, block lengths or canvases only.
+
+    Args:
+        recipe: of a generation with the model of `config`.
+        config: a model's configuration; its `block_length` is that of its attention, None without blocks.
+        block_length: positions that are decoded together.
+        gaps: whether there may be blocks without open positions between others, as in infilling.
+
+    Raises:
+        ValueError: `BlockCausal` on a model without blocks, with a length that cuts the model's blocks, or with gaps.
+    """
+    policy = recipe.cache_policy
+    while isinstance(policy, WithWarmup | Periodic):
+        policy = policy.policy
+    if not isinstance(policy, BlockCausal):
+        return
+    if config.block_length is None:
+        raise ValueError(
+            f"recipe: got the cache policy BlockCausal with {config.architecture}, whose attention is not causal over "
+            "blocks; use a recipe with another one, such as dinfer()")
+    if block_length % config.block_length:
+        raise ValueError(
+            f"block_length: got {block_length}; with the cache policy BlockCausal it must be a multiple of "
+            f"{config.block_length}, the model's own block length")
+    if gaps:
+        raise ValueError(
+            "recipe: got the cache policy BlockCausal, which needs open positions in every block from the first to the "
+            "last; use recipe.replace(cache_policy=Dual())")
 
 
 def _vicinity(before: int, after: int, warmup: int | Int[Array, ""], cache: bool) -> CachePolicy:

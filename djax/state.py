@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -99,3 +100,13 @@ class Result:
     """How many of the steps recomputed the whole canvas."""
     stop_reason: Int[Array, "B"]
     """A `StopReason` per row."""
+
+
+class Progress(NamedTuple):
+    """What a stream shows of a state: whole on every device."""
+
+    tokens: Int[Array, "B T"]
+    is_masked: Bool[Array, "B T"]
+    done: Bool[Array, "B"]
+    nfe: Int[Array, "B"]
+    block: Int[Array, ""]

@@ -78,11 +78,13 @@ def denoising_step(
     state = _decide(canvas, parts, state, info, outlook.candidates, keys[:, 1], active & ~nan)
     state = _stop(canvas, parts, state, info, active & ~nan)
     if state.inputs is not None and outlook.expected is not None:
-        blank = jnp.zeros((canvas.batch, canvas.length, outlook.expected.shape[-1]), outlook.expected.dtype)
-        expected = lax.dynamic_update_slice(blank, outlook.expected, (0, start, 0))
-        mixed = parts.smoothing.step(denoiser.embed(params, state.tokens), expected, state.is_masked, info)
-        renew = (recomputed & active[:, None])[..., None]
-        state = dataclasses.replace(state, inputs=jnp.where(renew, mixed, state.inputs))
+        # what is recomputed lies in the window
+        tokens, is_masked, old, renew = (
+            _columns(array, start, width)
+            for array in (state.tokens, state.is_masked, state.inputs, recomputed & active[:, None]))
+        mixed = parts.smoothing.step(denoiser.embed(params, tokens), outlook.expected, is_masked, info)
+        new = jnp.where(renew[..., None], mixed, old).astype(old.dtype)
+        state = dataclasses.replace(state, inputs=lax.dynamic_update_slice(state.inputs, new, (0, start, 0)))
     return state
 
 
@@ -97,7 +99,7 @@ def enter_block(
     """Find the first block with work left; on a new one reset the parts' states. Also: the rows at work."""
     length = canvas.block_length
     work = work_left(canvas, state)
-    block = jnp.argmax(work.any(0)).astype(jnp.int32)
+    block = jnp.argmax(canvas.any_row(work)).astype(jnp.int32)
     entered = block != state.block
     fresh = parts.transform.init(canvas.batch, length), parts.strategy.init(canvas.batch, length)
     transform, strategy = jax.tree.map(

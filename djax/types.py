@@ -74,8 +74,9 @@ class Forbidden:
     """Every id from here on is forbidden too."""
 
 
-# NumPy: making a JAX array would start the backend on import
-FORBID_NOTHING = Forbidden(ids=np.zeros(0, np.int32), limit=np.int32(2**31 - 1))  # type: ignore[arg-type]
+# NumPy: making a JAX array would start the backend on import. Not empty: XLA for GPUs fails on empty arrays in programs
+# for several devices.
+FORBID_NOTHING = Forbidden(ids=np.full(1, -1, np.int32), limit=np.int32(2**31 - 1))  # type: ignore[arg-type]
 """Every token is allowed."""
 
 

@@ -365,6 +365,12 @@ def vicinity(before: int, after: int) -> Policy:
     return run
 
 
+def block_causal(step: Step) -> tuple[bool, int, int]:
+    """The block and the one before it; everything once."""
+    first = step.block == 0 and step.step_in_block == 0
+    return first, step.block_start - step.block_length, step.block_start + step.block_length
+
+
 def periodic(policy: Policy, every: int) -> Policy:
     def run(step: Step) -> tuple[bool, int, int] | None:
         plan = policy(step)

@@ -2,20 +2,21 @@
 
     python -m tests.replay_goldens DIR [DIR ...] [--kernels moe=reference,unembed=xla_stream]
 
-A directory holds config.json, model.safetensors and cases.jsonl (see tests/goldens/llada_moe/README.md).
+A directory holds config.json, model.safetensors and cases.jsonl (see tests/goldens/*/README.md).
 Prints every case that differs, and ends with "N passed, M failed".
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import djax
-from djax.cache_policies import Dual, NoCache, Prefix, Vicinity, WithWarmup
+from djax.cache_policies import BlockCausal, Dual, NoCache, Prefix, Vicinity, WithWarmup
 from djax.recipes import Recipe
 from djax.schedules import Linear
 from djax.smoothing import HardTokens, SoftTokens
@@ -33,7 +34,9 @@ def recipe_of(case: Case) -> Recipe:
     """The recipe whose parts are those of a recorded dInfer run."""
     smooth = case["algo"].startswith("itersmooth")
     high = Linear(1.0, -0.02, minimum=case["threshold"]) if smooth else case["threshold"]
-    if case["algo"].endswith("vicinity"):
+    if case["algo"] == "bd":
+        cache = BlockCausal()
+    elif case["algo"].endswith("vicinity"):
         cache = WithWarmup(Vicinity(before=case["before"], after=case["after"]), steps=case["warmup_steps"])
     else:
         cache = {"none": NoCache(), "prefix": Prefix(), "dual": Dual()}[case["cache"]]
@@ -44,11 +47,28 @@ def recipe_of(case: Case) -> Recipe:
         smoothing=SoftTokens() if smooth else HardTokens(), mask_token="refuse")
 
 
+def with_blocks(
+    lm: djax.DiffusionLM, case: Case, kernels: djax.Kernels, made: dict[int, djax.DiffusionLM]
+) -> djax.DiffusionLM:
+    """The model with attention blocks as long as the case's, from `made` if it is there; `lm` itself if it has none."""
+    if lm.config.block_length is None:
+        return lm
+    length = case["block_length"]
+    if length not in made:
+        config = dataclasses.replace(lm.config, block_length=length)
+        made[length] = djax.DiffusionLM(config, lm.params, kernels=kernels)
+    return made[length]
+
+
 def replay(lm: djax.DiffusionLM, case: Case) -> str | None:
     """What differs from the recorded run, or None."""
+    length, prompt, new_tokens = case["block_length"], case["prompt"], case["gen_length"]
+    block_diffusion = case["algo"].startswith("bd")
+    if block_diffusion:  # the last block is decoded to its end
+        new_tokens = -(-(len(prompt) + new_tokens) // length) * length - len(prompt)
     out = lm.generate(
-        [case["prompt"]], recipe=recipe_of(case), max_new_tokens=case["gen_length"],
-        block_length=case["block_length"], mask_id=case["mask_id"], eos_id=case["eos_id"], align=case["align"])
+        [prompt], recipe=recipe_of(case), max_new_tokens=new_tokens, block_length=length, mask_id=case["mask_id"],
+        eos_id=case["eos_id"], align=case["align"] or block_diffusion)
     # Without early stop dInfer ends at EOS all the same, but leaves mask ids where djax fills with EOS.
     drop = {case["eos_id"]} | (set() if case["early_stop"] else {case["mask_id"]})
     got = [int(token) for token in out.canvas[0][out.canvas_mask[0]] if token not in drop]
@@ -73,9 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--kernels: {error}")
     passed = failed = 0
     for directory in given.directories:
+        made: dict[int, djax.DiffusionLM] = {}
         lm = djax.load(directory, dtype="float32", kernels=kernels)
         for number, case in enumerate(read_cases(directory), start=1):
-            problem = replay(lm, case)
+            problem = replay(with_blocks(lm, case, kernels, made), case)
             passed, failed = passed + (problem is None), failed + (problem is not None)
             if problem is not None:
                 what = {name: case[name] for name in ("algo", "decoder", "cache", "block_length", "align")}

@@ -279,14 +279,13 @@ def test_memory_is_estimated_before_compiling(bundled):
 
 def test_memory_estimate_against_the_compiler(bundled):
     """The estimate has to be of the compiler's size: a user plans a batch with it."""
-    from djax.api import _denoise
     from djax.calls import CallOptions
 
     options = CallOptions(recipe=DUAL, block_length=64, temperature=0.0, top_k=None, top_p=None, min_p=None,
                           guidance=None, mask_id=None, eos_id=None, stop_on_eos=True)
     canvas, parts, _ = bundled._prepare([[1] * 192] * 8, options, max_new_tokens=320, align=False)
-    arguments = bundled._arguments(canvas, parts, options, key=0, row_ids=None)
-    compiled = jax.jit(_denoise).lower(*arguments).compile().memory_analysis()
+    arguments = bundled._arguments(canvas, parts, guidance=None, key=0, row_ids=None)
+    compiled = bundled.program.denoise.lower(*arguments).compile().memory_analysis()
     estimate = bundled.memory_estimate(8, canvas.length, recipe=DUAL, block_length=64)
     measured = compiled.temp_size_in_bytes + estimate.parameters
     assert 0.5 * measured < estimate.total < 2.0 * measured, (estimate, measured)

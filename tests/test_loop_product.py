@@ -1,7 +1,7 @@
 """Every part with every other one: the jitted loop against the NumPy oracle, token for token.
 
 The default run compiles one program per case of a pairwise cover. The slow run is the full product; there one
-program holds all transforms (`Select`) and both temperatures (a leaf), so that 72 compilations serve 1008 cases.
+program holds all transforms (`Select`) and both temperatures (a leaf), so that 84 compilations serve 1176 cases.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ CACHES: dict[str, tuple[Any, oracle.Policy]] = {
     "prefix": (cache_policies.Prefix(), oracle.prefix),
     "dual": (cache_policies.Dual(), oracle.dual),
     "vicinity": (cache_policies.Vicinity(2, 3), oracle.vicinity(2, 3)),
+    "block_causal": (cache_policies.BlockCausal(), oracle.block_causal),
     "periodic": (cache_policies.Periodic(cache_policies.Dual(), 2), oracle.periodic(oracle.dual, 2)),
     "warmup": (
         cache_policies.WithWarmup(cache_policies.Vicinity(3, 2), 1),

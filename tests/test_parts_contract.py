@@ -57,6 +57,7 @@ POLICIES: dict[str, tuple[Any, int]] = {
     "dual": (cache_policies.Dual(), 0),
     "vicinity": (cache_policies.Vicinity(3, 5), 0),
     "vicinity_wide": (cache_policies.Vicinity(100, 100), 0),
+    "block_causal": (cache_policies.BlockCausal(), 0),
     "periodic": (cache_policies.Periodic(cache_policies.Prefix(), 3), 1),
     "warmup": (cache_policies.WithWarmup(cache_policies.Vicinity(3, 5), 2), 1),
     "warmup_periodic": (cache_policies.WithWarmup(cache_policies.Periodic(cache_policies.Dual(), 4), 1), 2),
@@ -480,7 +481,9 @@ def test_policy_plans_a_window_that_holds_the_block_and_fits(part: Any) -> None:
             assert bool(plan.refresh) or width is not None
             if width is not None and not plan.refresh:
                 assert int(plan.end) - int(plan.start) <= width
-            if step == 0:
+            if step == 0 and block > 0 and isinstance(part, cache_policies.BlockCausal):
+                assert int(plan.start) == start - LENGTH, "the block before has to be written with its final tokens"
+            elif step == 0:
                 assert bool(plan.refresh), "a block must not start on another block's cache"
 
 
@@ -501,6 +504,9 @@ def test_policies_refresh_when_documented() -> None:
     assert refreshed(cache_policies.NoCache(), block=1) == [0, 1, 2, 3, 4, 5, 6]
     for block, policy in enumerate((cache_policies.Prefix(), dual, vicinity)):
         assert refreshed(policy, block=block) == [0]
+    assert refreshed(cache_policies.BlockCausal(), block=0) == [0]
+    assert refreshed(cache_policies.BlockCausal(), block=1) == []
+    assert refreshed(cache_policies.Periodic(cache_policies.BlockCausal(), 3), block=1) == [0, 3, 6]
     assert refreshed(cache_policies.Periodic(dual, 3), block=1) == [0, 3, 6]
     assert refreshed(cache_policies.Periodic(dual, 1), block=1) == [0, 1, 2, 3, 4, 5, 6]
     assert refreshed(cache_policies.WithWarmup(vicinity, 2), block=0) == [0, 1, 2]

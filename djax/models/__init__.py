@@ -3,9 +3,11 @@
 from djax.models.build import abstract_params, build, init_params, logical_axes
 from djax.models.denoiser import Guided, ModelDenoiser
 from djax.models.kernels import Kernels, kernels_on
+from djax.models.llada2_moe import Llada2Moe
 from djax.models.llada_moe import LladaMoe
+from djax.models.parallel import Parallel, parallel_on
 
 __all__ = [
-    "Guided", "Kernels", "LladaMoe", "ModelDenoiser", "abstract_params", "build", "init_params", "kernels_on",
-    "logical_axes",
+    "Guided", "Kernels", "Llada2Moe", "LladaMoe", "ModelDenoiser", "Parallel", "abstract_params", "build",
+    "init_params", "kernels_on", "logical_axes", "parallel_on",
 ]

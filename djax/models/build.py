@@ -7,30 +7,37 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Key
 
-from djax.config import LladaMoeConfig, ModelConfig
+from djax.config import Llada2MoeConfig, LladaMoeConfig, ModelConfig
 from djax.models.kernels import Kernels
+from djax.models.llada2_moe import Llada2Moe
 from djax.models.llada_moe import LladaMoe
+from djax.models.parallel import WHOLE, Parallel
 
-_ARCHITECTURES: dict[type, type[LladaMoe]] = {LladaMoeConfig: LladaMoe}
+Model = LladaMoe | Llada2Moe
+"""Union of the architectures."""
+
+_ARCHITECTURES: dict[type, Any] = {LladaMoeConfig: LladaMoe, Llada2MoeConfig: Llada2Moe}
 
 
-def _construct(config: ModelConfig, rngs: nnx.Rngs, kernels: Kernels) -> LladaMoe:
+def _construct(config: ModelConfig, rngs: nnx.Rngs, kernels: Kernels, parallel: Parallel = WHOLE) -> Model:
     if type(config) not in _ARCHITECTURES:
         raise ValueError(
             f"config: got a {type(config).__name__}; there are models for "
             f"{', '.join(kind.__name__ for kind in _ARCHITECTURES)}")
-    return _ARCHITECTURES[type(config)](config, rngs=rngs, kernels=kernels)
+    model: Model = _ARCHITECTURES[type(config)](config, rngs=rngs, kernels=kernels, parallel=parallel)
+    return model
 
 
-def build(config: ModelConfig, *, kernels: Kernels = Kernels()) -> LladaMoe:
+def build(config: ModelConfig, *, kernels: Kernels = Kernels(), parallel: Parallel = WHOLE) -> Model:
     """The model with `jax.ShapeDtypeStruct` in place of every parameter.
 
-    `nnx.split(build(config))` gives the graphdef that `ModelDenoiser` holds and the tree that a loader fills.
+    `nnx.split(build(config))` gives the graphdef that `ModelDenoiser` holds and the tree that a loader fills. With
+    `parallel` the graphdef is one for a device's part of the parameters, inside `jax.shard_map`.
 
     Raises:
         ValueError: no model for this kind of configuration.
     """
-    return nnx.eval_shape(lambda: _construct(config, nnx.Rngs(0), kernels))
+    return nnx.eval_shape(lambda: _construct(config, nnx.Rngs(0), kernels, parallel))
 
 
 def abstract_params(config: ModelConfig) -> nnx.State:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from djax.models.parallel import WHOLE, Parallel
 from djax.types import HeadQuery, Reading
-from kernels_pallas import gumbel_noise, unembed
+from kernels_pallas import combine_readouts, gumbel_noise, unembed
 
 
 def read_head(
     hidden: Float[Array, "B L D"], head: Float[Array, "V D"], query: HeadQuery, *,
-    embed: Float[Array, "V D"] | None = None, implementation: str | None = None,
+    embed: Float[Array, "V D"] | None = None, implementation: str | None = None, parallel: Parallel = WHOLE,
 ) -> tuple[Reading, Float[Array, "B L D"] | None]:
     """The reading of `hidden @ head.T`, and with `embed` the expected embeddings over the whole vocabulary.
 
-    `implementation` names one of `kernels_pallas.unembed`.
+    `implementation` names one of `kernels_pallas.unembed`. Where `parallel` says that the vocabulary is split, `head`
+    and `embed` are this device's rows.
     """
     shape = hidden.shape[:2]
     rows = lambda array: array.reshape(-1, *array.shape[2:])  # noqa: E731
@@ -23,7 +25,10 @@ def read_head(
     got = unembed(
         rows(hidden), head, at=rows(query.ids), forbidden=query.forbidden.ids, vocab_limit=query.forbidden.limit,
         temperature=None if noise is None else noise.temperature,
-        noise_keys=None if noise is None else rows(noise.keys), embedding=embed, implementation=implementation)
+        noise_keys=None if noise is None else rows(noise.keys), embedding=embed,
+        first_id=parallel.first_id(head), implementation=implementation)
+    if parallel.vocab and parallel.alone is None:
+        got = combine_readouts(got, axis_name=parallel.vocab)
     fields = {name: getattr(got, name).reshape(shape) for name in (
         "best", "best_logit", "drawn", "drawn_logit", "log_total", "log_total_tempered")}
     expected = None if got.expected is None else got.expected.reshape(*shape, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from djax.models.layers import contract
+from djax.types import FORBID_NOTHING, Forbidden
 
 
 def _chunk(
@@ -24,27 +26,30 @@ def _chunk(
     return lax.dynamic_slice_in_dim(head, first, size), jnp.where(ids >= start, ids, -1), first
 
 
-def _logits(hidden: Array, rows: Array, ids: Array, temperature: Array) -> Float[Array, "M C"]:
+def _logits(hidden: Array, rows: Array, ids: Array, temperature: Array, forbidden: Forbidden) -> Float[Array, "M C"]:
     logits = contract("md,cd->mc", hidden, rows, dtype=jnp.float32) / temperature
-    return jnp.where(ids >= 0, logits, -jnp.inf)
+    dropped = (ids < 0) | (ids >= forbidden.limit) | (ids[:, None] == forbidden.ids).any(axis=-1)
+    return jnp.where(dropped, -jnp.inf, logits)
 
 
 def _starts(head: Array, size: int) -> Int[Array, "chunks"]:
     return jnp.arange(0, head.shape[0], size)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _log_probs(hidden: Array, head: Array, tokens: Array, temperature: Array, size: int) -> Float[Array, "M"]:
-    return _forward(hidden, head, tokens, temperature, size)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _log_probs(
+    hidden: Array, head: Array, tokens: Array, temperature: Array, forbidden: Forbidden, size: int
+) -> Float[Array, "M"]:
+    return _forward(hidden, head, tokens, temperature, forbidden, size)[0]
 
 
 def _forward(
-    hidden: Array, head: Array, tokens: Array, temperature: Array, size: int
-) -> tuple[Float[Array, "M"], tuple[Array, ...]]:
+    hidden: Array, head: Array, tokens: Array, temperature: Array, forbidden: Forbidden, size: int
+) -> tuple[Float[Array, "M"], tuple[Any, ...]]:
     def add(carry: tuple[Array, Array, Array], start: Array) -> tuple[tuple[Array, Array, Array], None]:
         largest, total, chosen = carry
         rows, ids, _ = _chunk(head, start, size)
-        logits = _logits(hidden, rows, ids, temperature)
+        logits = _logits(hidden, rows, ids, temperature, forbidden)
         new = jnp.maximum(largest, logits.max(axis=1))
         total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=1)
         return (new, total, chosen + jnp.where(ids == tokens[:, None], logits, 0.0).sum(axis=1)), None
@@ -54,21 +59,22 @@ def _forward(
     start = jnp.full(count, jnp.finfo(jnp.float32).min), jnp.zeros(count), jnp.zeros(count)
     (largest, total, chosen), _ = lax.scan(add, start, _starts(head, size))
     log_total = largest + jnp.log(total)
-    return chosen - log_total, (hidden, head, tokens, temperature, log_total)
+    return chosen - log_total, (hidden, head, tokens, temperature, forbidden, log_total)
 
 
 def _backward(
-    size: int, residuals: tuple[Array, ...], cotangent: Float[Array, "M"]
-) -> tuple[Array, Array, None, Array]:
-    hidden, head, tokens, temperature, log_total = residuals
+    size: int, residuals: tuple[Any, ...], cotangent: Float[Array, "M"]
+) -> tuple[Array, Array, None, Array, None]:
+    hidden, head, tokens, temperature, forbidden, log_total = residuals
 
     def add(carry: tuple[Array, Array, Array], start: Array) -> tuple[tuple[Array, Array, Array], None]:
         grad_hidden, grad_head, grad_temperature = carry
         rows, ids, first = _chunk(head, start, size)
-        logits = _logits(hidden, rows, ids, temperature)
-        share = jnp.exp(logits - log_total[:, None])
-        grad = cotangent[:, None] * (jnp.where(ids == tokens[:, None], 1.0, 0.0) - share)  # of the scaled logits
-        grad_temperature -= jnp.sum(jnp.where(ids >= 0, grad * logits, 0.0)) / temperature
+        logits = _logits(hidden, rows, ids, temperature, forbidden)
+        share, allowed = jnp.exp(logits - log_total[:, None]), logits != -jnp.inf
+        chosen = (ids == tokens[:, None]) & allowed
+        grad = cotangent[:, None] * (jnp.where(chosen, 1.0, 0.0) - share)  # of the scaled logits
+        grad_temperature -= jnp.sum(jnp.where(allowed, grad * logits, 0.0)) / temperature
         grad = (grad / temperature).astype(head.dtype)
         part = contract("mc,md->cd", grad, hidden, dtype=jnp.float32)
         old = lax.dynamic_slice_in_dim(grad_head, first, size)
@@ -79,7 +85,7 @@ def _backward(
     zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32), jnp.float32(0.0)
     (grad_hidden, grad_head, grad_temperature), _ = lax.scan(add, zeros, _starts(head, size))
     return (grad_hidden.astype(hidden.dtype), grad_head.astype(head.dtype), None,
-            grad_temperature.astype(temperature.dtype))
+            grad_temperature.astype(temperature.dtype), None)
 
 
 _log_probs.defvjp(_forward, _backward)
@@ -91,6 +97,7 @@ def token_log_probs(
     tokens: Int[Array, "B L"],
     *,
     temperature: float | Float[Array, ""] = 1.0,
+    forbidden: Forbidden = FORBID_NOTHING,
     vocab_chunk: int = 8192,
 ) -> Float[Array, "B L"]:
     """log softmax(hidden @ head^T / temperature) at `tokens`, in float32; nothing as large as [B, L, V] is made.
@@ -103,6 +110,7 @@ def token_log_probs(
         head: the output matrix, in hidden's dtype.
         tokens: ids in [0, V).
         temperature: divides the logits.
+        forbidden: tokens outside of the softmax; their own log-prob is -inf.
         vocab_chunk: columns held at once.
 
     Raises:
@@ -112,5 +120,6 @@ def token_log_probs(
         raise ValueError(f"vocab_chunk: got {vocab_chunk}; it must be at least 1")
     size = min(vocab_chunk, head.shape[0])
     flat = _log_probs(
-        hidden.reshape(-1, hidden.shape[-1]), head, tokens.reshape(-1), jnp.asarray(temperature, jnp.float32), size)
+        hidden.reshape(-1, hidden.shape[-1]), head, tokens.reshape(-1), jnp.asarray(temperature, jnp.float32),
+        jax.tree.map(jnp.asarray, forbidden), size)
     return flat.reshape(tokens.shape)

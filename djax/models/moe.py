@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from djax.config import LladaMoeConfig
 from djax.models.layers import contract
+from djax.models.parallel import WHOLE, Parallel
 from djax.models.parameters import normal
 from kernels_pallas import moe, top_k_route
 
@@ -32,11 +33,12 @@ class MixtureOfExperts(nnx.Module):
     """E SwiGLU experts of width F, of which each position uses its router's k best."""
 
     def __init__(
-        self, config: LladaMoeConfig, *, rngs: nnx.Rngs, moe_implementation: str | None = None
+        self, config: LladaMoeConfig, *, rngs: nnx.Rngs, moe_implementation: str | None = None,
+        parallel: Parallel = WHOLE,
     ) -> None:
         model, experts, width = config.hidden_size, config.num_experts, config.expert_size
         self.experts_per_token = config.experts_per_token
-        self.moe_implementation = moe_implementation
+        self.moe_implementation, self.parallel = moe_implementation, parallel
         # who asks for XLA's experts, which can be split over devices, means the router too
         self.route_implementation = None if moe_implementation in (None, "mosaic_gpu") else "xla"
         self.router = normal(rngs, (experts, model), axes=(None, "embed"), dtype=config.dtype)
@@ -53,6 +55,9 @@ class MixtureOfExperts(nnx.Module):
             expert_ids, weights = route(
                 logits, experts_per_token=self.experts_per_token, implementation=self.route_implementation)
         with jax.named_scope("experts"):
-            mixed = moe(rows, expert_ids, weights, self.gate[...], self.up[...], self.down[...],
-                        implementation=self.moe_implementation)
+            # an id of another device's expert is outside [0, E) here and adds nothing
+            own_ids = expert_ids - self.parallel.index(self.parallel.experts) * self.gate.shape[0]
+            own = moe(rows, own_ids if self.parallel.experts else expert_ids, weights, self.gate[...], self.up[...],
+                      self.down[...], implementation=self.moe_implementation)
+            mixed = self.parallel.sum((own, self.parallel.experts + self.parallel.ffn))
         return mixed.reshape(x.shape), logits.reshape(*x.shape[:2], -1)

@@ -25,3 +25,8 @@ def normal(
 def ones(shape: tuple[int, ...], *, axes: LogicalAxes, dtype: jax.typing.DTypeLike) -> nnx.Param:
     """A norm's weight, all ones."""
     return nnx.Param(jnp.ones(shape, dtype), axes=axes)
+
+
+def zeros(shape: tuple[int, ...], *, axes: LogicalAxes, dtype: jax.typing.DTypeLike) -> nnx.Param:
+    """A bias, all zeros."""
+    return nnx.Param(jnp.zeros(shape, dtype), axes=axes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from djax.config import ModelConfig
 from djax.models import build, logical_axes
 from djax.sharding import shardings
 from djax.text import Tokenizer
 from djax.train.block import block_diffusion_loss, with_places
-from djax.train.config import MeshSection, TrainConfig, make_optimizer
+from djax.train.config import TrainConfig, make_optimizer
 from djax.train.data import FixedSource, Source, TaskSource, batcher, read_jsonl
 from djax.train.loop import Metrics, Schedule, fit
 from djax.train.loss import Batch, LossWeights, masked_diffusion_loss
@@ -39,7 +38,7 @@ def train(
         model: what the parameters belong to; it has a mask id.
         config: the run.
         batches: the batch of update n, as from `batcher`.
-        mesh: devices to train on; its axes are those of `make_mesh`.
+        mesh: devices to train on; with an axis "data".
         objective: the loss, as in `make_step`; None is the configuration's.
 
     Returns:
@@ -89,16 +88,6 @@ def make_batches(config: TrainConfig, source: Source, *, eos_id: int) -> Callabl
         source, batch_size=training.batch_size, row_length=data.row_length, eos_id=eos_id,
         longest_tail=data.longest_tail, seed=training.seed, group=data.group, given=data.given)
     return with_places(batches) if training.objective == "block" else batches
-
-
-def make_mesh(section: MeshSection) -> Mesh:
-    """The mesh of a configuration. Raises ValueError if there are too few devices."""
-    sizes = dataclasses.asdict(section)
-    needed = section.data * section.expert * section.tensor
-    if needed > jax.device_count():
-        raise ValueError(f"mesh: got {sizes}, {needed} devices; allowed {jax.device_count()} here; use fewer")
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=jax.devices()[:needed])
 
 
 def _on(mesh: Mesh | None, batches: Callable[[int], Batch]) -> Callable[[int], Batch]:

@@ -41,11 +41,12 @@ class Chain:
 
     def forbidden(self) -> Forbidden:
         """What any of them drops."""
-        each = [part.forbidden() for part in self.transforms]  # type: ignore[attr-defined]
+        forbids = [part.forbidden() for part in self.transforms]  # type: ignore[attr-defined]
+        each = [forbidden for forbidden in forbids if forbidden is not FORBID_NOTHING] or [FORBID_NOTHING]
         limit = FORBID_NOTHING.limit
         for forbidden in each:
             limit = jnp.minimum(limit, forbidden.limit)
-        return Forbidden(ids=jnp.concatenate([jnp.zeros(0, jnp.int32), *(f.ids for f in each)]), limit=limit)
+        return Forbidden(ids=jnp.concatenate([forbidden.ids for forbidden in each]), limit=limit)
 
     def asks(self, state: PartState) -> Int[Array, "B L S"] | None:
         """What any of them asks for."""

@@ -10,49 +10,65 @@ from kernels_pallas.unembed.running import LARGEST_ID, finite
 from kernels_pallas.unembed.types import NO_ID, Readout
 
 
-def combine_readouts(readout: Readout, *, axis_name: str) -> Readout:
+def combine_readouts(readout: Readout, *, axis_name: str | tuple[str, ...]) -> Readout:
     """The readout of the whole vocabulary from those of its shards, inside `shard_map`.
 
-    Each device gave `unembed` its rows of the head and their `first_id`, so ids are those of the whole. Moves a
-    few [N] arrays; with `expected` also one [N, D2].
+    Each device gave `unembed` its rows of the head and their `first_id`, so ids are those of the whole. All that a row
+    says goes to every device in one all-gather of some ten words a row and shard; with `expected` there is also a sum
+    of one [N, D2].
     """
-    best, best_logit = _largest(readout.best, readout.best_logit, axis_name)
-    drawn, drawn_score = _largest(readout.drawn, readout.drawn_score, axis_name)
-    mine = (readout.drawn == drawn) & (drawn != NO_ID)
-    log_total = _log_sum_exp(readout.log_total, axis_name)
+    shards = _gather(readout._replace(expected=None), axis_name)
+    best, best_logit = _largest(shards.best, shards.best_logit)
+    drawn, drawn_score = _largest(shards.drawn, shards.drawn_score)
+    mine = (shards.drawn == drawn) & (drawn != NO_ID)
+    log_total = _log_sum_exp(shards.log_total)
     second = entropy = expected = log_total_all = None
-    if readout.second_logit is not None:
-        runner_up = jnp.where(readout.best == best, readout.second_logit, readout.best_logit)
-        second = lax.pmax(runner_up, axis_name)
-    if readout.entropy is not None:
-        share = jnp.exp(readout.log_total - log_total)
-        term = share * (readout.entropy + log_total - readout.log_total)
-        entropy = lax.psum(jnp.where(readout.log_total == -jnp.inf, 0.0, term), axis_name)
+    if shards.second_logit is not None:
+        second = jnp.max(jnp.where(shards.best == best, shards.second_logit, shards.best_logit), axis=0)
+    if shards.entropy is not None:
+        share = jnp.exp(shards.log_total - log_total)
+        term = share * (shards.entropy + log_total - shards.log_total)
+        entropy = jnp.sum(jnp.where(shards.log_total == -jnp.inf, 0.0, term), axis=0)
         entropy = jnp.where(jnp.abs(log_total) < jnp.inf, entropy, jnp.nan)
-    if readout.expected is not None and readout.log_total_all is not None:
-        log_total_all = _log_sum_exp(readout.log_total_all, axis_name)
+    if readout.expected is not None and readout.log_total_all is not None and shards.log_total_all is not None:
+        log_total_all = _log_sum_exp(shards.log_total_all)
         share = jnp.exp(readout.log_total_all - log_total_all)[:, None]
         expected = lax.psum(share * readout.expected.astype(jnp.float32), axis_name).astype(readout.expected.dtype)
-    # an id has one owner, and -inf comes from all others: a sum would lose nothing, but a maximum may lose a NaN
-    lost = lax.psum(jnp.isnan(readout.at).astype(jnp.int32), axis_name) > 0
     return Readout(
         best=best, best_logit=best_logit, drawn=drawn, drawn_score=drawn_score,
-        drawn_logit=lax.pmax(jnp.where(mine, readout.drawn_logit, -jnp.inf), axis_name),
-        log_total=log_total, log_total_tempered=_log_sum_exp(readout.log_total_tempered, axis_name),
-        at=jnp.where(lost, jnp.nan, lax.pmax(jnp.where(jnp.isnan(readout.at), -jnp.inf, readout.at), axis_name)),
+        drawn_logit=jnp.max(jnp.where(mine, shards.drawn_logit, -jnp.inf), axis=0),
+        log_total=log_total, log_total_tempered=_log_sum_exp(shards.log_total_tempered),
+        # an id has one owner, and -inf comes from all others
+        at=jnp.max(shards.at, axis=0),
         second_logit=second, entropy=entropy, expected=expected, log_total_all=log_total_all)
 
 
+def _gather(readout: Readout, axis_name: str | tuple[str, ...]) -> Readout:
+    """Every field with a leading axis of shards, all of them moved as the words of one array."""
+    fields = {name: value for name, value in readout._asdict().items() if value is not None}
+    rows = readout.best.shape[0]
+    words = jnp.concatenate(
+        [lax.bitcast_convert_type(value, jnp.int32).reshape(rows, -1) for value in fields.values()], axis=1)
+    everywhere = lax.all_gather(words, axis_name)
+    gathered, start = {}, 0
+    for name, value in fields.items():
+        width = value.size // rows
+        part = lax.bitcast_convert_type(everywhere[..., start:start + width], value.dtype)
+        gathered[name] = part.reshape(-1, *value.shape)
+        start += width
+    return readout._replace(**gathered)
+
+
 def _largest(
-    ids: Int[Array, "N"], values: Float[Array, "N"], axis_name: str
+    ids: Int[Array, "shards N"], values: Float[Array, "shards N"]
 ) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
     """The lowest id among the shards' largest values."""
-    largest = lax.pmax(values, axis_name)
-    lowest = lax.pmin(jnp.where((values == largest) & (ids != NO_ID), ids, LARGEST_ID), axis_name)
+    largest = jnp.max(values, axis=0)
+    lowest = jnp.min(jnp.where((values == largest) & (ids != NO_ID), ids, LARGEST_ID), axis=0)
     return jnp.where(lowest == LARGEST_ID, NO_ID, lowest), largest
 
 
-def _log_sum_exp(values: Float[Array, "N"], axis_name: str) -> Float[Array, "N"]:
+def _log_sum_exp(values: Float[Array, "shards N"]) -> Float[Array, "N"]:
     """Over the shards; a NaN of one is a NaN of all."""
-    shift = finite(lax.pmax(jnp.where(jnp.isnan(values), -jnp.inf, values), axis_name))
-    return shift + jnp.log(lax.psum(jnp.exp(values - shift), axis_name))
+    shift = finite(jnp.max(jnp.where(jnp.isnan(values), -jnp.inf, values), axis=0))
+    return shift + jnp.log(jnp.sum(jnp.exp(values - shift), axis=0))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from djax.models.log_probs import token_log_probs
+from djax.types import Forbidden
 
 SEED = 5
 VOCAB = 37
@@ -43,6 +44,32 @@ def test_values_and_gradients_are_those_of_the_whole_softmax(chunk: int) -> None
 
     for got, expected in zip(jax.tree.leaves(both(chunked)), jax.tree.leaves(both(whole)), strict=True):
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_forbidden_tokens_are_outside_of_the_softmax() -> None:
+    """Values and gradients are those of the smaller vocabulary; a forbidden token is impossible and has no NaN."""
+    hidden, head, tokens = operands()
+    allowed = jnp.asarray([token for token in range(30) if token not in (4, 11)])
+    place = jnp.asarray(np.random.default_rng(1).integers(0, len(allowed), tokens.shape), jnp.int32)
+    forbidden = Forbidden(ids=jnp.asarray([11, 4, -1]), limit=jnp.int32(30))
+    temperature = jnp.float32(0.7)
+
+    def chunked(hidden: jax.Array, head: jax.Array, temperature: jax.Array) -> jax.Array:
+        return token_log_probs(hidden, head, allowed[place], temperature=temperature, forbidden=forbidden,
+                               vocab_chunk=8)
+
+    def small(hidden: jax.Array, head: jax.Array, temperature: jax.Array) -> jax.Array:
+        return whole(hidden, head[allowed], place, temperature)
+
+    factor = jnp.asarray(np.random.default_rng(2).normal(size=tokens.shape), jnp.float32)
+    both = [jax.jit(jax.value_and_grad(lambda *a, f=f: jnp.sum(factor * f(*a)), argnums=(0, 1, 2)))(
+        hidden, head, temperature) for f in (chunked, small)]
+    for got, expected in zip(jax.tree.leaves(both[0]), jax.tree.leaves(both[1]), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+    never = jnp.full(tokens.shape, 11, jnp.int32)
+    assert np.isneginf(token_log_probs(hidden, head, never, forbidden=forbidden)).all()
+    grads = jax.grad(lambda h: jnp.sum(0.0 * token_log_probs(h, head, tokens, forbidden=forbidden)))(hidden)
+    assert np.isfinite(grads).all()
 
 
 def test_large_logits_and_half_precision() -> None:

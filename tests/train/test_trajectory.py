@@ -116,7 +116,7 @@ def generation(rows: int, length: int, *, seed: int = 0) -> Generation:
     counts = np.ones(rows, np.int32)
     return Generation(
         text=None, tokens=[row[3:] for row in canvas], canvas=canvas, canvas_mask=~no, is_open=is_open, is_masked=no,
-        lengths=counts * (length - 3), nfe=counts, refreshes=counts, stop_reason=["length"] * rows,
+        lengths=counts * (length - 3), nfe=counts, steps=counts, refreshes=counts, stop_reason=["length"] * rows,
         commit_step=np.where(is_open, rng.integers(0, 4, canvas.shape), NEVER), log_prob=np.zeros(canvas.shape))
 
 

@@ -1,0 +1,279 @@
+"""Several processes that run one program: how they start, and values that all of them need alike.
+
+Every process of a mesh makes the same calls in the same order. What one of them has and the others need, such as
+prompts, goes through `share`, which also finds out whether they were asked for the same thing: a difference is an error
+on each of them, where the program itself would wait forever or mix two generations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+_ABSENT, _GIVEN, _FAILED = range(3)
+_MOST_NAMES = 30
+_LONGEST_MESSAGE = 2000
+_SMALLEST_PAYLOAD = 1024
+_WARNING_SECONDS = 0.5
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class PeerError(ValueError):
+    """What went wrong in another process."""
+
+
+class PeerLost(RuntimeError):
+    """Another process is gone, in the middle of something that needs it."""
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    *,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    local_device_ids: Sequence[int] | None = None,
+    cluster_detection_method: str | None = None,
+    initialization_timeout: int = 300,
+    heartbeat_timeout: int = 60,
+    shutdown_timeout: int = 60,
+) -> None:
+    """`jax.distributed.initialize` with bounds on every wait: call it in each process, before anything uses a device.
+
+    On Cloud TPU, GKE, SLURM and Open MPI nothing need be given. From then on `jax.devices()` are those of all
+    processes, and a process that dies ends the others within `heartbeat_timeout`: JAX writes which one it was and
+    aborts them (exit code 134), because a collective that waits for it cannot be interrupted.
+
+    Args:
+        coordinator_address: host and port of process 0, reachable from all.
+        num_processes: how many there are.
+        process_id: this one's number, from 0.
+        local_device_ids: devices of this host that are this process's. None is all of them, but on SLURM and Open MPI
+            one, the one of the task's number on its node.
+        cluster_detection_method: one of JAX's, such as "slurm", "k8s" or "mpi4py"; None tries all but the last.
+        initialization_timeout: seconds that the processes wait for each other at the start; JAX aborts those that
+            waited in vain.
+        heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+        shutdown_timeout: seconds that a process which ends waits for the others to end too.
+
+    Raises:
+        ValueError: the arguments are incomplete and no cluster was detected.
+        RuntimeError: devices were used before, or it was called before.
+    """
+    seconds = {"initialization_timeout": initialization_timeout, "heartbeat_timeout": heartbeat_timeout,
+               "shutdown_timeout": shutdown_timeout}
+    for name, value in seconds.items():
+        if value < 1:
+            raise ValueError(f"{name}: got {value}; allowed are whole seconds from 1")
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    # JAX aborts with words about tasks that died; the likely reasons are others
+    warning = threading.Timer(initialization_timeout - _WARNING_SECONDS, lambda: print(
+        f"djax: not all processes came within {initialization_timeout} seconds (initialization_timeout); each must be "
+        "started, with the same coordinator_address and num_processes and a process_id of its own, and reach that "
+        "address", file=sys.stderr, flush=True))
+    warning.daemon = True
+    warning.start()
+    try:
+        jax.distributed.initialize(
+            coordinator_address, num_processes, process_id, local_device_ids=local_device_ids,
+            cluster_detection_method=cluster_detection_method, initialization_timeout=initialization_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout, shutdown_timeout_seconds=shutdown_timeout)
+    except (ValueError, TypeError) as error:
+        shown = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(
+            f"coordinator_address: got {shown} ({str(error).rstrip('.')}); allowed are all three, process_id from 0 "
+            "and below num_processes, or none of them in a cluster that JAX detects (Cloud TPU, GKE, SLURM, Open "
+            "MPI); give them") from error
+    finally:
+        warning.cancel()
+
+
+def processes(devices: Iterable[jax.Device]) -> tuple[int, ...]:
+    """Numbers of the processes that these devices belong to, rising."""
+    return tuple(sorted({device.process_index for device in devices}))
+
+
+def spans_processes(mesh: Mesh | None) -> bool:
+    """Whether a mesh has devices of several processes."""
+    return mesh is not None and len(processes(mesh.devices.flat)) > 1
+
+
+@contextmanager
+def with_peers(mesh: Mesh | None) -> Iterator[None]:
+    """Around a wait for what the mesh's devices compute together.
+
+    Raises:
+        PeerLost: a collective between processes failed. (Where one waits instead, `initialize` bounds how long.)
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if mesh is None or not spans_processes(mesh) or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise PeerLost(
+            f"processes: got a failed collective among {_listed(processes(mesh.devices.flat))} "
+            f"({str(error).splitlines()[0][:300]}); most likely one of them ended: its own output says why; start all "
+            "of them again") from error
+
+
+def share(
+    make: Callable[[], Any], *, devices: Iterable[jax.Device], name: str, same: Mapping[str, Any] = _NOTHING
+) -> Any:
+    """What `make` returns on one of the devices' processes, or alike on each of them: a JSON value, on all.
+
+    All processes call it, and wait for those that are late: a process that dies in the meantime ends them, see
+    `initialize`. Among devices of one process it is `make()`.
+
+    Args:
+        make: called once; returns None where another process has the value. What it raises is raised on every process.
+        devices: of the processes that take part.
+        name: of the value, for messages.
+        same: values by name that have to be alike on all processes: pytrees of numbers, arrays and texts.
+
+    Raises:
+        PeerError: (a ValueError) `make` failed in another process; says in which and why.
+        PeerLost: another process ended in the meantime.
+        ValueError: no process has the value, or some have it and others not; two have different ones, or different
+            values in `same`; this process has none of the devices. All processes raise it, and name what differs.
+    """
+    everyone = sorted(devices, key=lambda device: device.id)
+    peers = processes(everyone)
+    if jax.process_index() not in peers:
+        raise ValueError(
+            f"mesh: got devices of processes {_listed(peers)}; this is process {jax.process_index()} and has none of "
+            "them; use a mesh with devices of every process that calls")
+    if len(peers) == 1:
+        return make()
+    state, payload, failure = _made(make)
+    own = np.zeros((len(peers), 4 + 2 * _MOST_NAMES), np.int32)
+    own[peers.index(jax.process_index())] = _header(state, payload, same)
+    headers = _total(own, everyone)
+    states = headers[:, 0]
+    if (states == _FAILED).any():
+        first = int((states == _FAILED).argmax())
+        message = _spread(payload, headers, first, peers, everyone)
+        if failure is not None:
+            raise failure
+        raise PeerError(f"process {peers[first]} of {len(peers)}: {message.decode(errors='replace')}")
+    _check_same(headers[:, 4:], tuple(same), peers)
+    return json.loads(_given(payload, headers, name, peers, everyone))
+
+
+def _made(make: Callable[[], Any]) -> tuple[int, bytes, Exception | None]:
+    """State, and the value or the failure's message as bytes."""
+    try:
+        value = make()
+        if value is None:
+            return _ABSENT, b"", None
+        return _GIVEN, json.dumps(value, default=lambda array: array.tolist()).encode(), None
+    except Exception as error:  # whatever it is, the others wait for this process
+        message = str(error) or type(error).__name__
+        return _FAILED, message.encode()[:_LONGEST_MESSAGE], error
+
+
+def _header(state: int, payload: bytes, same: Mapping[str, Any]) -> Int[np.ndarray, "H"]:
+    """State, length, digest, and a digest for every value that must be the same."""
+    if len(same) > _MOST_NAMES:
+        raise ValueError(f"same: got {len(same)} names; allowed are {_MOST_NAMES}")
+    digests = [_words(hashlib.sha256(payload))] + [digest(value) for value in same.values()]
+    header = np.zeros(4 + 2 * _MOST_NAMES, np.int32)
+    header[:2] = state, len(payload)
+    header[2 : 2 + 2 * len(digests)] = np.concatenate(digests)
+    return header
+
+
+def _check_same(digests: Int[np.ndarray, "P H"], names: Sequence[str], peers: Sequence[int]) -> None:
+    for index, name in enumerate(names):
+        own = digests[:, 2 * index : 2 * index + 2]
+        differs = (own != own[0]).any(axis=1)
+        if differs.any():
+            raise ValueError(
+                f"{name}: got different values on processes {peers[0]} and {peers[int(differs.argmax())]}; allowed is "
+                "one for all; give the same on every process")
+
+
+def _given(
+    payload: bytes, headers: Int[np.ndarray, "P H"], name: str, peers: Sequence[int], devices: Sequence[jax.Device]
+) -> bytes:
+    """The payload of all, fetched where this process has none."""
+    giving = np.flatnonzero(headers[:, 0] == _GIVEN)
+    if len(giving) == len(peers):
+        differs = (headers[:, 1:4] != headers[0, 1:4]).any(axis=1)
+        if differs.any():
+            raise ValueError(
+                f"{name}: got different ones on processes {peers[0]} and {peers[int(differs.argmax())]}; allowed are "
+                "the same on all, or None on all but one")
+        return payload
+    if len(giving) != 1:
+        where = f"processes {_listed([peers[int(index)] for index in giving])}" if len(giving) else "no process"
+        raise ValueError(
+            f"{name}: got them on {where} of {_listed(peers)}; allowed are all or one; give them on every process, or "
+            "on one and None on the others")
+    return _spread(payload, headers, int(giving[0]), peers, devices)
+
+
+def _spread(
+    payload: bytes, headers: Int[np.ndarray, "P H"], source: int, peers: Sequence[int], devices: Sequence[jax.Device]
+) -> bytes:
+    """The bytes of the process `peers[source]`, on every process."""
+    length = int(headers[source, 1])
+    # powers of two, so that few lengths are compiled
+    room = max(_SMALLEST_PAYLOAD, 1 << max(length - 1, 0).bit_length())
+    words = np.zeros(room // 4, np.int32)
+    if peers[source] == jax.process_index():
+        words.view(np.uint8)[:length] = np.frombuffer(payload, np.uint8)
+    return _total(words, devices).tobytes()[:length]
+
+
+def _total(values: Int[np.ndarray, "..."], devices: Sequence[jax.Device]) -> Int[np.ndarray, "..."]:
+    """The sum of what the processes give."""
+    mesh = Mesh(np.array(devices), ("devices",))
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    shards = [jax.device_put((values if device == local[0] else np.zeros_like(values))[None], device)
+              for device in local]
+    parts = jax.make_array_from_single_device_arrays(
+        (len(devices), *values.shape), NamedSharding(mesh, P("devices")), shards)
+    with with_peers(mesh):
+        return np.asarray(jax.jit(_sum, out_shardings=NamedSharding(mesh, P()))(parts))
+
+
+def _sum(parts: Int[Array, "D ..."]) -> Int[Array, "..."]:
+    return jnp.sum(parts, axis=0, dtype=parts.dtype)
+
+
+def digest(value: Any) -> Int[np.ndarray, "2"]:
+    """64 bits of a pytree's structure, static fields and leaves; the same in every process for the same value."""
+    leaves, structure = jax.tree.flatten(value)
+    total = hashlib.sha256(_ADDRESS.sub("", str(structure)).encode())
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            total.update(f"{leaf.dtype}{leaf.shape}".encode())
+            continue
+        array = np.asarray(leaf)
+        content = _ADDRESS.sub("", repr(leaf)).encode() if array.dtype.hasobject else array.tobytes()
+        total.update(f"{array.dtype}{array.shape}".encode() + content)
+    return _words(total)
+
+
+def _words(total: Any) -> Int[np.ndarray, "2"]:
+    return np.frombuffer(total.digest()[:8], np.int32)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
