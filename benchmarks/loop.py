@@ -28,6 +28,7 @@ from benchmarks.report import Spread
 from benchmarks.roofline import Ceilings
 from djax import Canvas, cache_policies, denoise, strategies, transforms
 from djax.models import ModelDenoiser
+from djax.roofline import tokens_per_second
 from djax.types import CachePolicy
 
 TOKENS_PER_FORWARD = (3.87, 5.67)
@@ -39,13 +40,6 @@ def split(seconds: tuple[float, float], steps: tuple[int, int], blocks: int) -> 
     """Seconds of a refresh and of a window step from the times of two generations."""
     window = (seconds[1] - seconds[0]) / (blocks * (steps[1] - steps[0]))
     return seconds[0] / blocks - (steps[0] - 1) * window, window
-
-
-def tokens_per_second(
-    refresh: float, window: float, *, block: int, tokens_per_forward: float, batch: int = 1
-) -> float:
-    """Of a block that takes block / tokens_per_forward steps, the first of which is a full refresh."""
-    return batch * block / (refresh + (block / tokens_per_forward - 1) * window)
 
 
 def cases(network: Network, ceilings: Ceilings, command_buffers: str) -> list[Case]:

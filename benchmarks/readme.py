@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import quality_report
+from benchmarks import quality_report, scaling_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -68,9 +68,16 @@ def quality_section(record: dict[str, Any]) -> str:
     return f"{quality_report.summary(record)}\n\n{plot}"
 
 
+def scaling_section(record: dict[str, Any]) -> str:
+    """What several devices give and hold, measured on fake ones and planned for real ones."""
+    plot = "![Predicted scaling of one forward](benchmarks/results/scaling.png)"
+    return f"{scaling_report.markdown(record).rstrip()}\n\n{plot}"
+
+
 def section() -> str:
     """The whole section, from every result that is there."""
-    writers = {"quality.json": quality_section, "decode.json": decode_section, "load.json": load_section}
+    writers = {"quality.json": quality_section, "decode.json": decode_section, "load.json": load_section,
+               "scaling.json": scaling_section}
     texts = [write(json.loads((RESULTS / name).read_text())) for name, write in writers.items()
              if (RESULTS / name).exists()]
     return "\n\n".join([BEGIN, *texts, END])

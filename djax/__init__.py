@@ -15,7 +15,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from djax import cache_policies, proposals, recipes, schedules, smoothing, stopping, strategies, transforms
+    from djax import (
+        cache_policies,
+        distributed,
+        proposals,
+        recipes,
+        rl,
+        schedules,
+        sharding,
+        smoothing,
+        stopping,
+        strategies,
+        transforms,
+    )
     from djax.api import DiffusionLM, load
     from djax.canvas import Canvas
     from djax.denoise import denoise
@@ -35,10 +47,13 @@ __all__ = [
     "StreamStep",
     "cache_policies",
     "denoise",
+    "distributed",
     "load",
     "proposals",
     "recipes",
+    "rl",
     "schedules",
+    "sharding",
     "smoothing",
     "stopping",
     "strategies",

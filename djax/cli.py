@@ -17,14 +17,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from djax.cli_errors import OneLineGroup, WrongInput, shown
-from djax.cli_options import LengthFlags, ModelFlags, RecipeFlags, SamplingFlags, with_flags
+from djax.cli_mesh import Place, place
+from djax.cli_options import (
+    DISTRIBUTED_HELP,
+    DISTRIBUTED_METAVAR,
+    MESH_HELP,
+    MESH_METAVAR,
+    LengthFlags,
+    ModelFlags,
+    RecipeFlags,
+    SamplingFlags,
+    with_flags,
+)
+from djax.cli_plan import plan_command
 from djax.config import DTYPES
 
 if TYPE_CHECKING:
     from djax.api import DiffusionLM
     from djax.generation import StreamStep
 
-_ARGUMENT = re.compile(r"(max_new_tokens|block_length|temperature|top_[kp]|min_p|guidance|mask_id|eos_id|dtype)\b")
+_ARGUMENT = re.compile(
+    r"(max_new_tokens|block_length|temperature|top_[kp]|min_p|guidance|mask_id|eos_id|dtype|mesh|preset)\b")
 
 app = typer.Typer(
     cls=OneLineGroup, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -79,21 +92,25 @@ def generate(
 
     A plain text goes through the chat template as one user message, unless --raw is given.
     """
-    live = _wants_live(live, json=json)
+    live = _wants_live(live, json=json, distributed=model.distributed is not None)
     _check_sampling(sampling)
     _at_least("--max-new-tokens", length.max_new_tokens, 1)
     from djax.cli_input import read_prompts
     from djax.cli_output import print_json, print_texts
 
-    prompts = read_prompts(prompt, messages=messages, token_ids=token_ids, raw=raw)
+    where = _place(model.mesh, model.distributed)
+    prompts = where.read(
+        lambda: read_prompts(prompt, messages=messages, token_ids=token_ids, raw=raw), "prompts")
     arguments = _arguments(flags, sampling) | {
         "max_new_tokens": length.max_new_tokens, "stop_on_eos": not length.no_stop, "align": length.align}
-    lm = _load(model)
+    lm = _load(model, where)
     with _fields_as_flags():
         if live:
             _generate_live(lm, lm.stream(prompts, **arguments), sampling.block_length)
             return
         generation = lm.generate(prompts, **arguments)
+    if not where.first:
+        return
     if json:
         print_json(generation)
     else:
@@ -120,19 +137,25 @@ def infill(
 
     if template is not None and token_ids is not None:
         raise WrongInput("--token-ids", "TEMPLATE and --token-ids together", allowed="one of them", do="drop one")
+    where = _place(model.mesh, model.distributed)
     if token_ids is None and template in (None, "-"):
-        template = read_stdin("TEMPLATE")
+        template = where.read(lambda: read_stdin("TEMPLATE"), "template")
     arguments = _arguments(flags, sampling)
-    lm = _load(model)
+    lm = _load(model, where)
     # What stands at a masked position is never read: any id of the vocabulary will do.
     placeholder = lm.config.mask_id or 0
-    with _fields_as_flags():
+
+    def read() -> tuple[list[list[int]], list[list[bool]]]:
         if token_ids is not None:
-            rows, masks = read_masked_ids(token_ids, mask_id=placeholder)
-        else:
-            ids, mask = read_template(template or "", lm.tokenizer, mask_id=placeholder)
-            rows, masks = [ids], [mask]
+            return read_masked_ids(token_ids, mask_id=placeholder)
+        ids, mask = read_template(template or "", lm.tokenizer, mask_id=placeholder)
+        return [ids], [mask]
+
+    with _fields_as_flags():
+        rows, masks = where.read(read, "token ids")
         generation = lm.infill(rows, masks, **arguments)
+    if not where.first:
+        return
     if json:
         print_json(generation)
     else:
@@ -147,6 +170,9 @@ def convert(
     dtype: Annotated[str | None, typer.Option(
         "--dtype", help="bfloat16, float16 or float32; the checkpoint's own if not given.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DST if it exists.")] = False,
+    mesh: Annotated[str | None, typer.Option("--mesh", metavar=MESH_METAVAR, help=MESH_HELP)] = None,
+    distributed: Annotated[str | None, typer.Option(
+        "--distributed", metavar=DISTRIBUTED_METAVAR, help=DISTRIBUTED_HELP)] = None,
     debug: Debug = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to djax's own format (Orbax), with a manifest of digests."""
@@ -155,9 +181,12 @@ def convert(
     from djax import assets
 
     found = assets.resolve(source)
-    with _terminable(), _progress("converting") as progress:
-        written = converter.convert(found, destination, dtype=dtype, overwrite=force, progress=progress)
-    print(written)
+    where = _place(mesh, distributed)
+    with _terminable(), _fields_as_flags(), _progress("converting", where) as progress:
+        written = converter.convert(
+            found, destination, dtype=dtype, overwrite=force, mesh=where.mesh, progress=progress)
+    if where.first:
+        print(written)
 
 
 @app.command()
@@ -170,6 +199,9 @@ def train(
 
     with _terminable():
         print(run(Path(config)))
+
+
+app.command("plan")(plan_command)
 
 
 @app.command()
@@ -236,12 +268,18 @@ def _arguments(flags: RecipeFlags, sampling: SamplingFlags) -> dict[str, Any]:
         "key": sampling.seed}
 
 
-def _load(model: ModelFlags) -> DiffusionLM:
+def _place(mesh: str | None, distributed: str | None) -> Place:
+    with _fields_as_flags():
+        return place(mesh, distributed=distributed)
+
+
+def _load(model: ModelFlags, where: Place) -> DiffusionLM:
     _check_dtype(model.dtype)
     from djax.api import load
 
-    with _fields_as_flags(), _progress("loading") as progress:
-        return load(model.model, dtype=model.dtype, mask_id=model.mask_id, eos_id=model.eos_id, progress=progress)
+    with _fields_as_flags(), _progress("loading", where) as progress:
+        return load(model.model, dtype=model.dtype, mesh=where.mesh, mask_id=model.mask_id, eos_id=model.eos_id,
+                    progress=progress)
 
 
 def _generate_live(lm: DiffusionLM, steps: Iterator[StreamStep], block_length: int) -> None:
@@ -258,8 +296,12 @@ def _generate_live(lm: DiffusionLM, steps: Iterator[StreamStep], block_length: i
         print(view.status(last), file=sys.stderr)
 
 
-def _wants_live(live: bool | None, *, json: bool) -> bool:
+def _wants_live(live: bool | None, *, json: bool, distributed: bool) -> bool:
     terminal = sys.stdout.isatty()
+    if distributed:
+        if live:
+            raise WrongInput("--live", "it with --distributed", allowed="one of them", do="drop one")
+        return False
     if live and json:
         raise WrongInput("--live", "it with --json", allowed="one of them", do="drop one")
     if live and not terminal:
@@ -304,15 +346,15 @@ def _fields_as_flags() -> Iterator[None]:
         named = _ARGUMENT.match(message)
         if named is None:
             raise
-        flag = "--" + named[1].replace("_", "-")
+        flag = "--" + named[1].replace("preset", "mesh").replace("_", "-")
         message = flag + message[named.end():].replace(f"pass {named[1]}=", f"give {flag}")
         raise ValueError(message if message.count(";") > 1 else f"{message}; change it") from error
 
 
 @contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on standard error where that is a terminal; None elsewhere."""
-    if not sys.stderr.isatty():
+def _progress(label: str, where: Place) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on standard error where that is the first process's terminal; None elsewhere."""
+    if not (where.first and sys.stderr.isatty()):
         yield None
         return
     from rich.console import Console

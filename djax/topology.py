@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -20,6 +21,13 @@ from jax.sharding import SingleDeviceSharding
 
 GPUS = ("h200",)
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+
+CORES_PER_CHIP = {"v4": 2, "tpu7x": 2}
+"""Devices of one chip, as JAX counts them here; one for all others."""
+_PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")
+SIZES = {"h200": ("1", "2", "4", "8"), "v5e": _PLANES, "v6e": _PLANES, "v4": _CUBES, "v5p": _CUBES, "tpu7x": _CUBES}
+"""Usual sizes of every kind, the smallest first."""
 
 _NAME = re.compile(r"(?P<kind>[a-z0-9]+):(?P<shape>[1-9][0-9]*(x[1-9][0-9]*)*)")
 
@@ -38,6 +46,26 @@ def missing_compiler(name: str) -> str | None:
     if jax.config.jax_platforms not in ("cpu", "cuda"):  # type: ignore[attr-defined]
         return "JAX looks for the CUDA plugin only where a GPU is, or with JAX_PLATFORMS=cpu"
     return None
+
+
+def device_count(name: str) -> int:
+    """Devices of a topology. Needs no compiler.
+
+    Raises:
+        ValueError: not the name of a topology.
+    """
+    kind, shape = _parse(name)
+    return math.prod(map(int, shape.split("x"))) * CORES_PER_CHIP.get(kind, 1)
+
+
+def larger_than(name: str) -> tuple[str, ...]:
+    """Topologies of the same kind with more devices, the smallest first.
+
+    Raises:
+        ValueError: not the name of a topology.
+    """
+    kind, count = _parse(name)[0], device_count(name)
+    return tuple(larger for size in SIZES[kind] if device_count(larger := f"{kind}:{size}") > count)
 
 
 @functools.cache

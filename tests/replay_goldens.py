@@ -1,6 +1,6 @@
 """Replay dInfer's recorded traces through `lm.generate`: tokens exactly, steps as NFE, in float32.
 
-    python -m tests.replay_goldens DIR [DIR ...] [--kernels moe=reference,unembed=xla_stream]
+    python -m tests.replay_goldens DIR [DIR ...] [--kernels moe=reference,unembed=xla_stream] [--mesh tensor=2,expert=4]
 
 A directory holds config.json, model.safetensors and cases.jsonl (see tests/goldens/*/README.md).
 Prints every case that differs, and ends with "N passed, M failed".
@@ -15,10 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import djax
 from djax.cache_policies import BlockCausal, Dual, NoCache, Prefix, Vicinity, WithWarmup
 from djax.recipes import Recipe
 from djax.schedules import Linear
+from djax.sharding import make_mesh, parse_mesh
 from djax.smoothing import HardTokens, SoftTokens
 from djax.strategies import Hierarchical, Threshold
 from djax.transforms import Credit, Identity
@@ -56,7 +59,7 @@ def with_blocks(
     length = case["block_length"]
     if length not in made:
         config = dataclasses.replace(lm.config, block_length=length)
-        made[length] = djax.DiffusionLM(config, lm.params, kernels=kernels)
+        made[length] = djax.DiffusionLM(config, lm.params, kernels=kernels, mesh=lm.mesh)
     return made[length]
 
 
@@ -86,7 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR")
     parser.add_argument(
         "--kernels", default="", help="implementations to run on, op=name with commas; default: the best ones")
+    parser.add_argument("--mesh", help="axis sizes or a preset; default: one device")
     given = parser.parse_args(arguments)
+    try:
+        mesh = given.mesh and make_mesh(parse_mesh(given.mesh, devices=jax.device_count()))
+    except ValueError as error:
+        parser.error(f"--mesh: {error}")
     try:
         kernels = djax.Kernels(**dict(pair.split("=") for pair in given.kernels.split(",") if pair))
     except (TypeError, ValueError) as error:
@@ -94,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     passed = failed = 0
     for directory in given.directories:
         made: dict[int, djax.DiffusionLM] = {}
-        lm = djax.load(directory, dtype="float32", kernels=kernels)
+        lm = djax.load(directory, dtype="float32", kernels=kernels, mesh=mesh)
         for number, case in enumerate(read_cases(directory), start=1):
             problem = replay(with_blocks(lm, case, kernels, made), case)
             passed, failed = passed + (problem is None), failed + (problem is not None)

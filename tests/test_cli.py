@@ -52,11 +52,11 @@ def model() -> DiffusionLM:
 def shared_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands on the bundled model share one `DiffusionLM`, so that equal shapes compile once."""
 
-    def load(source: Any = None, *, dtype: str | None = None, mask_id: int | None = None, eos_id: int | None = None,
-             progress: Any = None) -> DiffusionLM:
-        if source is None and dtype == "float32" and mask_id is None and eos_id is None:
+    def load(source: Any = None, *, dtype: str | None = None, mesh: Any = None, mask_id: int | None = None,
+             eos_id: int | None = None, progress: Any = None) -> DiffusionLM:
+        if source is None and dtype == "float32" and mesh is None and mask_id is None and eos_id is None:
             return model()
-        return REAL_LOAD(source, dtype=dtype, mask_id=mask_id, eos_id=eos_id, progress=progress)
+        return REAL_LOAD(source, dtype=dtype, mesh=mesh, mask_id=mask_id, eos_id=eos_id, progress=progress)
 
     monkeypatch.setattr(api, "load", load)
 
@@ -164,7 +164,7 @@ def test_flags_reach_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "load", load)
     run_json("generate", "hi", *SMALL, "--model", "owner/name", "--eos-id", "4", "--mask-id", "3")
     assert seen.pop("progress") is None, "no progress bar unless standard error is a terminal"
-    assert seen == {"source": "owner/name", "dtype": "float32", "mask_id": 3, "eos_id": 4}
+    assert seen == {"source": "owner/name", "dtype": "float32", "mesh": None, "mask_id": 3, "eos_id": 4}
 
 
 def test_infill_text(tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_wrong_files(tmp_path: Path, arguments: list[str], content: Any, expecte
     (["infill", "a [MASK:x]", "--dtype", "float32"], "", "TEMPLATE: got '[MASK:x]'"),
     (["infill", "a [MASK:99999999999999]", "--dtype", "float32"], "", "TEMPLATE: got '[MASK:99999999999999]'"),
     (["infill", "a", "b"], "", "arguments: got 'b' too many"),
-    (["genrate", "hi"], "", "COMMAND: got 'genrate'; allowed generate, infill, convert, train, inspect"),
+    (["genrate", "hi"], "", "COMMAND: got 'genrate'; allowed generate, infill, convert, train, plan, inspect"),
     (["convert", "somewhere"], "", "DST: got nothing"),
     (["convert", "a", "b", "--dtype", "int4"], "", "--dtype: got 'int4'"),
 ])
