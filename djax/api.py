@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from djax.calls import CallOptions, make_parts, resolve_ids
 from djax.canvas import Canvas
 from djax.config import ModelConfig
 from djax.distributed import with_peers
-from djax.generation import Generation, StreamReader, StreamStep, to_generation
+from djax.generation import Generation, Streamer, StreamReader, StreamStep, feed, to_generation
 from djax.memory import MemoryEstimate, estimate_memory
 from djax.models import Guided, Kernels, ModelDenoiser, build, kernels_on
 from djax.program import Program
@@ -31,18 +31,6 @@ from djax.state import Parts
 from djax.text import Tokenizer, has_tokenizer
 from djax.types import Denoiser, Params
 from djax.weights import accept
-
-
-class Streamer(Protocol):
-    """A Hugging Face streamer. `put_draft(tokens)` is called too where it exists."""
-
-    def put(self, value: Any) -> None:
-        """Take token ids: the prompt first, then what became final."""
-        ...
-
-    def end(self) -> None:
-        """The stream is over."""
-        ...
 
 
 def load(
@@ -108,13 +96,15 @@ class DiffusionLM:
         self.config = config
         self.tokenizer = tokenizer
         self.mesh = mesh
+        self.kernels = kernels
         self.program = Program(config, mesh=mesh, rules=rules, kernels=Kernels() if kernels is None else kernels)
         self.params = self.program.place_params(params)
 
     @functools.cached_property
     def denoiser(self) -> ModelDenoiser:
         """The model for `djax.denoise` inside your own `jax.jit`; on a mesh XLA partitions it."""
-        return ModelDenoiser(nnx.split(build(self.config, kernels=kernels_on(self.mesh)))[0])
+        kernels = kernels_on(self.mesh) if self.kernels is None else self.kernels
+        return ModelDenoiser(nnx.split(build(self.config, kernels=kernels))[0])
 
     @property
     def compile_count(self) -> int:
@@ -278,7 +268,7 @@ class DiffusionLM:
             raise ValueError(f"streamer: got {canvas.batch} prompts; a streamer takes one; stream without it")
         steps = self._stream(
             canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids, drafts=drafts)
-        return steps if streamer is None else _feed(streamer, canvas, steps)
+        return steps if streamer is None else feed(streamer, canvas, steps)
 
     def decode(
         self, canvas: Canvas, parts: Parts, *, guidance: float | None = None, eos_ids: Sequence[int] = (),
@@ -433,19 +423,6 @@ class DiffusionLM:
         denoiser, padded, row_numbers = program.place_rows((denoiser, padded, row_numbers))
         random_key, parts = program.place((random_key, parts))
         return denoiser, self.params, padded, random_key, parts, row_numbers
-
-
-def _feed(streamer: Streamer, canvas: Canvas, steps: Iterator[StreamStep]) -> Iterator[StreamStep]:
-    tokens, pinned = jax.device_get((canvas.tokens, canvas.valid & ~canvas.is_masked))
-    streamer.put(tokens[0][pinned[0]])
-    put_draft = getattr(streamer, "put_draft", None)
-    for step in steps:
-        if len(step.committed[0]):
-            streamer.put(step.committed[0])
-        if put_draft is not None:
-            put_draft(step.draft[0])
-        yield step
-    streamer.end()
 
 
 def _nbytes(tree: Any) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -75,6 +76,18 @@ class StreamStep:
     done: Bool[np.ndarray, "B"]
 
 
+class Streamer(Protocol):
+    """A Hugging Face streamer. `put_draft(tokens)` is called too where it exists."""
+
+    def put(self, value: Any) -> None:
+        """Take token ids: the prompt first, then what became final."""
+        ...
+
+    def end(self) -> None:
+        """The stream is over."""
+        ...
+
+
 def completion(
     tokens: Int[np.ndarray, "T"], is_open: Bool[np.ndarray, "T"], is_masked: Bool[np.ndarray, "T"],
     eos_ids: Sequence[int],
@@ -139,6 +152,20 @@ class StreamReader:
             block = (int(masked.argmax()) - canvas.first_block) // canvas.block_length
             masked[canvas.first_block + block * canvas.block_length:] = True
         return completion(tokens[row], open_here, masked, self._eos_ids)
+
+
+def feed(streamer: Streamer, canvas: Canvas, steps: Iterator[StreamStep]) -> Iterator[StreamStep]:
+    """The steps of one row, each handed to the streamer before it is passed on."""
+    tokens, pinned = jax.device_get((canvas.tokens, canvas.valid & ~canvas.is_masked))
+    streamer.put(tokens[0][pinned[0]])
+    put_draft = getattr(streamer, "put_draft", None)
+    for step in steps:
+        if len(step.committed[0]):
+            streamer.put(step.committed[0])
+        if put_draft is not None:
+            put_draft(step.draft[0])
+        yield step
+    streamer.end()
 
 
 def _without_eos(row: Int[np.ndarray, "n"], eos_ids: Sequence[int]) -> Int[np.ndarray, "n"]:
