@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import quality_report, scaling_report
+from benchmarks import quality_report, rl_report, scaling_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -74,10 +74,16 @@ def scaling_section(record: dict[str, Any]) -> str:
     return f"{scaling_report.markdown(record).rstrip()}\n\n{plot}"
 
 
+def rl_section(record: dict[str, Any]) -> str:
+    """What policy gradients make of a spoiled model."""
+    plot = "![Held-out reward against updates](benchmarks/results/rl/rl.png)"
+    return f"{rl_report.markdown(record['runs']).rstrip()}\n\n{plot}"
+
+
 def section() -> str:
     """The whole section, from every result that is there."""
     writers = {"quality.json": quality_section, "decode.json": decode_section, "load.json": load_section,
-               "scaling.json": scaling_section}
+               "scaling.json": scaling_section, "rl/rl.json": rl_section}
     texts = [write(json.loads((RESULTS / name).read_text())) for name, write in writers.items()
              if (RESULTS / name).exists()]
     return "\n\n".join([BEGIN, *texts, END])

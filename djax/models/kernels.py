@@ -33,10 +33,7 @@ class Kernels:
 
 
 def kernels_on(mesh: Mesh | None) -> Kernels:
-    """What a model on `mesh` runs on if nobody says: XLA's own operations where arrays are split over devices.
-
-    XLA partitions those; a kernel it would have to gather everything for.
-    """
-    if mesh is None or mesh.size == 1 or next(iter(mesh.devices.flat)).platform == "cpu":
+    """What a model runs on if XLA partitions it over `mesh`: operations for which it has to gather nothing."""
+    if mesh is None or mesh.size == 1:
         return Kernels()
     return Kernels(moe="xla_dense", attention="xla", unembed="reference")

@@ -1,0 +1,19 @@
+"""Reinforcement learning: rollouts as exact data, log-probs with a meaning, and weights for the next rollout.
+
+    r = rollout(lm, prompts, key=0, num_samples=8)
+    states = trace_states(r)                                          # or masked_states(r, key, scheme=...)
+    log_probs = score(graphdef, params, r, states)                    # [B, T], differentiable in params
+    lm.update_params(params)
+"""
+
+from djax.rl.likelihood import log_likelihood
+from djax.rl.masked_states import Scheme, masked_states, trace_states
+from djax.rl.rollout import as_rollout, record, rollout, rollout_infill
+from djax.rl.score import score
+from djax.rl.types import MaskedStates, Rollout
+from djax.weights import accept
+
+__all__ = [
+    "MaskedStates", "Rollout", "Scheme", "accept", "as_rollout", "log_likelihood", "masked_states", "record", "rollout",
+    "rollout_infill", "score", "trace_states",
+]

@@ -1,0 +1,19 @@
+"""Rollouts, scores and weights on Auto and Explicit meshes and on disjoint ones, in a process with eight devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_meshes_give_what_one_device_gives() -> None:
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.rl.mesh_driver"], cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        check=False, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+    assert done.stdout.split() == ["Auto", "Explicit", "disjoint"], done.stderr[-3000:]

@@ -1,0 +1,130 @@
+"""The run of `benchmarks.rl`: what it checks on itself, its files, and (slow) a small run of each trainer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import djax
+from benchmarks import rl, rl_report
+from benchmarks.rl_task import Compilations, Prompts, Run, Settings, meshes, rewards, weakened
+
+ROOT = Path(__file__).parents[1]
+
+
+def a_model(value=1.0, programs=1):
+    return SimpleNamespace(params={"w": np.full(3, value, np.float32)}, compile_count=programs)
+
+
+def test_a_run_that_is_out_of_sync_stops(tmp_path):
+    trained = {"w": np.ones(3, np.float32)}
+    with Run(tmp_path / "a-trace-b.jsonl", Settings(updates=3), title="run") as run:
+        run.add(0, {"held_out": 0.25, "greedy": 0.5}, lm=a_model(), params=trained)
+        with pytest.raises(RuntimeError, match="update 1: 1 parameters of trainer and rollouts differ"):
+            run.add(1, {}, lm=a_model(value=1 + 1e-7), params=trained)
+        run.add(1, {}, lm=a_model(programs=2), params=trained)  # still warming up
+        run.add(2, {}, lm=a_model(programs=3), params=trained)
+        with pytest.raises(RuntimeError, match="update 3: the rollout model has compiled 4 programs, 3 after two"):
+            run.add(3, {}, lm=a_model(programs=4), params=trained)
+    lines = [json.loads(line) for line in (tmp_path / "a-trace-b.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [0, 1, 2]
+    assert lines[0]["held_out"] == 0.25
+
+
+def test_runs_are_kept_and_reported(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'djax[plot]'")
+    for trainer, last in (("optax", 0.75), ("tunix", 0.7)):
+        path = tmp_path / f"{trainer}-trace-colocated.jsonl"
+        with Run(path, Settings(updates=2), title=trainer) as run:
+            for update, reward in enumerate((0.25, None, last)):
+                metrics = {} if reward is None else {"held_out": reward, "greedy": reward / 2}
+                run.add(update, metrics, lm=a_model(), params=a_model().params)
+        rl_report.keep(path, run, Settings(updates=2), devices=1)
+    assert rl.main(["--report", "--output", str(tmp_path)]) == 0
+    text = (tmp_path / "rl.md").read_text()
+    assert "| optax | trace | colocated | 1 | 2 | 25.0 → 75.0 | 12.5 → 37.5 |" in text
+    assert "| tunix | trace | colocated | 1 | 2 | 25.0 → 70.0 | 12.5 → 35.0 |" in text
+    assert (tmp_path / "rl.png").stat().st_size > 5000
+    kept = json.loads((tmp_path / "rl.json").read_text())["runs"]
+    assert list(kept) == ["optax-trace-colocated", "tunix-trace-colocated"]
+    assert kept["optax-trace-colocated"]["syncs_checked"] == 2
+    assert kept["optax-trace-colocated"]["settings"]["noise"] == Settings().noise
+
+
+def test_the_start_is_always_the_same():
+    lm = djax.load(dtype="float32")
+    one, other = (weakened(lm.params, 1.0) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    head = np.asarray(lm.params["head"][...])
+    assert np.std(np.asarray(one["head"]) - head) == pytest.approx(head.std(), rel=0.01)
+    jax.tree.map(np.testing.assert_array_equal, one | {"head": head}, weakened(lm.params, 0.0))
+    settings = Settings(prompts=3, held_out=4)
+    prompts = Prompts(settings, lm)
+    assert prompts.of(2) == prompts.of(2) != prompts.of(3)
+    assert not {example.prompt for example in prompts.held_out} & {example.prompt for example in prompts.of(0)}
+    examples = prompts.of(0)
+    answers = [example.answer for example in examples]
+    np.testing.assert_array_equal(rewards(examples, answers), 1.0)
+    np.testing.assert_array_equal(rewards(examples, answers[1:] + answers[:1]), 0.0)
+    assert lm.tokenizer.encode(prompts.text(examples[0])) == lm.tokenizer.apply_chat(examples[0].messages)
+
+
+def test_compilations_are_counted():
+    counted, function = Compilations(), jax.jit(lambda x: 3 * x)
+    function(np.ones(7))
+    assert counted.count == 1
+    function(np.ones(7))
+    assert counted.count == 1
+
+
+def test_meshes_and_wrong_options(capsys, tmp_path):
+    trainer, rollouts = meshes("colocated", 1)
+    assert trainer == rollouts
+    with pytest.raises(ValueError, match="devices: got 1 with disjoint"):
+        meshes("disjoint", 1)
+    for arguments, said in ((["--updates", "0"], "--updates: got 0; allowed at least 1"),
+                            (["--devices", "0"], "--devices: got 0"), (["--trainer", "trl"], "invalid choice: 'trl'")):
+        with pytest.raises(SystemExit):
+            rl.main([*arguments, "--output", str(tmp_path)])
+        assert said in capsys.readouterr().err
+
+
+SMALL = ["--updates", "3", "--held-out", "16", "--evaluate-every", "3", "--prompts", "4", "--samples", "4",
+         "--steps", "2"]
+
+
+def run_small(tmp_path, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.rl", *SMALL, *arguments, "--output", str(tmp_path)], cwd=ROOT,
+        capture_output=True, text=True, check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((tmp_path / "rl.json").read_text())["runs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["trace", "espo"])
+def test_optax_learns(tmp_path, method):
+    runs = run_small(tmp_path, "--method", method)
+    assert runs[f"optax-{method}-colocated"]["syncs_checked"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("tunix") is None,
+                    reason="google-tunix is not installed: pip install 'djax[rl]'")
+def test_both_trainers_give_one_curve(tmp_path):
+    """On halves of four devices: the same prompts, samples, loss and optimizer."""
+    for trainer in ("optax", "tunix"):
+        runs = run_small(tmp_path, "--trainer", trainer, "--placement", "disjoint", "--devices", "4")
+    curves = [[json.loads(line).get("reward") for line in (tmp_path / run["metrics"]).read_text().splitlines()]
+              for run in runs.values()]
+    assert curves[0] == curves[1]
+    assert runs["optax-trace-disjoint"]["held_out"] == runs["tunix-trace-disjoint"]["held_out"]
