@@ -23,7 +23,7 @@ import jax
 from benchmarks import rl_report
 from benchmarks.rl_optax import METHODS
 from benchmarks.rl_optax import train as train_with_optax
-from benchmarks.rl_task import PLACEMENTS, TRAINERS, Run, Settings, Trainer, meshes
+from benchmarks.rl_task import PLACEMENTS, TRAINERS, TUNIX_METHODS, Run, Settings, Trainer, meshes
 from djax.train import tasks
 
 RESULTS = Path(__file__).parent / "results" / "rl"
@@ -67,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("updates", "prompts", "samples", "steps", "held_out", "evaluate_every", "devices"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: got {getattr(options, name)}; allowed at least 1")
+    if options.trainer == "tunix" and settings.method not in TUNIX_METHODS:
+        parser.error(f"--method: got {settings.method} with --trainer tunix; allowed {', '.join(TUNIX_METHODS)}; or "
+                     "use --trainer optax")
     if not options.report:
         jax.config.update("jax_num_cpu_devices", options.devices)
         try:

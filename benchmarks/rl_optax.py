@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 import djax
-from benchmarks.rl_task import Prompts, Run, Settings, batches, evaluate, kernels, load, rewards, texts, weakened
-from djax.models import build, logical_axes
+from benchmarks.rl_task import Prompts, Run, Settings, batches, evaluate, load, rewards, texts, weakened
+from djax.models import build, kernels_on, logical_axes
 from djax.rl import Rollout, masked_states, rollout, score, trace_states
 from djax.rl.advantages import Scale, group_advantages
 from djax.rl.losses import (
@@ -24,7 +24,6 @@ from djax.rl.losses import (
     diffu_grpo_loss,
     espo_loss,
     gdpo_loss,
-    just_grpo_loss,
     trace_grpo_loss,
 )
 from djax.rl.types import PER_ROW
@@ -41,14 +40,14 @@ class Method:
     """Of `masked_states`; None is the trace of the sampler."""
     loss: Callable[..., tuple[Float[Array, ""], PolicyReport]]
     scale: Scale = "std"
+    prompt_mask_probability: float = 0.0
     by_sequence: bool = False
 
 
 METHODS = {
     "trace": Method(None, trace_grpo_loss),
-    "diffu": Method("one_step", diffu_grpo_loss, "none"),
+    "diffu": Method("one_step", diffu_grpo_loss, "none", prompt_mask_probability=0.15),
     "coupled": Method("coupled", coupled_grpo_loss, "leave_one_out"),
-    "just": Method("autoregressive", just_grpo_loss),
     "gdpo": Method("gauss", gdpo_loss, "none", by_sequence=True),
     "espo": Method("fixed_k", espo_loss, by_sequence=True),
 }
@@ -72,7 +71,9 @@ def make_update(
             states = trace_states(got, num_states=settings.steps)
             return method.loss(score(graphdef, params, got, states), advantages, mask=got.is_completion,
                                old=got.log_prob)
-        states = masked_states(got, key, scheme=method.scheme)  # type: ignore[arg-type]
+        states = masked_states(
+            got, key, scheme=method.scheme,  # type: ignore[arg-type]
+            prompt_mask_probability=method.prompt_mask_probability)
         if method.by_sequence:
             return method.loss(score(graphdef, params, got, states, reduce="sequence"), advantages, lengths=got.lengths)
         return method.loss(score(graphdef, params, got, states), advantages, mask=got.is_completion)
@@ -103,10 +104,11 @@ def train(settings: Settings, run: Run, trainer: Mesh, rollouts: Mesh) -> None:
     prompts = Prompts(settings, lm)
     params = weakened(djax.load(dtype="float32").params, settings.noise)
     state = init_state(params, optimizer(settings), shardings=shardings(logical_axes(lm.config), params, mesh=trainer))
-    graphdef = nnx.split(build(lm.config, kernels=kernels(trainer)))[0]
+    graphdef = nnx.split(build(lm.config, kernels=kernels_on(trainer)))[0]
     # what comes out lies as what went in: else the second update would be compiled anew
     update = jax.jit(make_update(graphdef, optimizer(settings), settings),
                      out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None, None))
+    run.check(0, lm.params, params=state.params)
     run.add(0, evaluate(lm, settings, prompts), lm=lm, params=state.params)
     for index, examples in batches(settings, prompts):
         key = jax.random.fold_in(jax.random.key(settings.seed), index)
@@ -116,6 +118,7 @@ def train(settings: Settings, run: Run, trainer: Mesh, rollouts: Mesh) -> None:
         reward = rewards(repeated, texts(lm, got))
         state, report, norm = update(state, placed(got, trainer), jnp.asarray(reward), key)
         lm.update_params(state.params)
+        run.check(index + 1, lm.params, params=state.params)
         metrics: dict[str, Any] = {
             "reward": float(reward.mean()), "loss": float(report.loss), "ratio": float(report.ratio),
             "clip_fraction": float(report.clip_fraction), "grad_norm": float(norm), "forwards": float(got.nfe.mean())}

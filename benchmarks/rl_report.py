@@ -21,7 +21,7 @@ def keep(path: Path, run: Run, settings: Settings, *, devices: int) -> None:
         "trainer": trainer, "method": method, "placement": placement, "devices": devices,
         "settings": dataclasses.asdict(settings), "metrics": path.name, "updates": last["update"],
         "held_out": [first["held_out"], last["held_out"]], "greedy": [first["greedy"], last["greedy"]],
-        "seconds": last["seconds"], "syncs_checked": len(run.records) - 1,
+        "seconds": last["seconds"], "syncs_checked": len(run.checked - {0}),
         "rollout_programs": last["rollout_programs"],
         "compiled_after_two_updates": last["compilations"] - next(
             record["compilations"] for record in run.records if record["update"] == min(2, last["update"])),
@@ -50,6 +50,8 @@ def markdown(runs: dict[str, Any]) -> str:
     """The table of all runs."""
     some = next(iter(runs.values()))
     settings, machine = some["settings"], some["hardware"]
+    others = {name: _differing(run["settings"], settings) for name, run in runs.items()}
+    column = any(others.values())
     lines = [
         f"GRPO on the task \"{settings['task']}\" with the bundled model, noise of {settings['noise']:g} standard "
         f"deviations on its output matrix; {settings['prompts']} prompts x {settings['samples']} samples an update, "
@@ -59,14 +61,21 @@ def markdown(runs: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores; jax {some['versions']['jax']}).",
         "",
         "| trainer | method | placement | devices | updates | held-out reward, % | greedy, % | minutes | load | "
-        "syncs equal | compiled after update 2 |", "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    for run in runs.values():
-        arrow = {name: " → ".join(f"{100 * value:.1f}" for value in run[name]) for name in ("held_out", "greedy")}
+        "syncs equal | compiled after update 2 |" + " other settings |" * column,
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|" + "---|" * column]
+    for name, run in runs.items():
+        arrow = {key: " → ".join(f"{100 * value:.1f}" for value in run[key]) for key in ("held_out", "greedy")}
         lines.append(
             f"| {run['trainer']} | {run['method']} | {run['placement']} | {run['devices']} | {run['updates']} | "
             f"{arrow['held_out']} | {arrow['greedy']} | {run['seconds'] / 60:.1f} | {run['load_average']:.0f} | "
-            f"{run['syncs_checked']} | {run['compiled_after_two_updates']} |")
+            f"{run['syncs_checked']} | {run['compiled_after_two_updates']} |" + f" {others[name]} |" * column)
     return "\n".join(lines)
+
+
+def _differing(settings: dict[str, Any], stated: dict[str, Any]) -> str:
+    """The settings of a run that neither the text above the table nor another column of its row tells."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items()
+                     if name not in ("method", "updates") and value != stated.get(name))
 
 
 def _plot(directory: Path, runs: dict[str, Any]) -> None:

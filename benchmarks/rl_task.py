@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +23,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import djax
 from djax import recipes
-from djax.models import Kernels
 from djax.recipes import Recipe
 from djax.rl import Rollout, rollout
 from djax.train import tasks
 from djax.types import Params
 
 TRAINERS, PLACEMENTS = ("optax", "tunix"), ("colocated", "disjoint")
+TUNIX_METHODS = ("trace", "diffu")
+"""What runs in Tunix: `TraceGRPOLearner`, and the unmodified `GRPOLearner`, whose prompts are not masked."""
 EVALUATION_KEY, NOISE_KEY = 2**31 - 1, 0
 
 
@@ -78,11 +81,6 @@ def meshes(placement: str, devices: int) -> tuple[Mesh, Mesh]:
         both = mesh(found[:devices])
         return both, both
     return mesh(found[: devices // 2]), mesh(found[devices // 2 : devices])
-
-
-def kernels(mesh: Mesh) -> Kernels:
-    """What a trainer runs on: where rows are split, operations that XLA splits with them, on virtual devices too."""
-    return Kernels(moe="xla_dense", attention="xla", unembed="reference") if mesh.size > 1 else Kernels()
 
 
 def weakened(params: Params, noise: float) -> dict[str, Any]:
@@ -140,10 +138,16 @@ def evaluate(lm: djax.DiffusionLM, settings: Settings, prompts: Prompts) -> dict
     return found
 
 
-def differences(lm: djax.DiffusionLM, params: Params) -> int:
+def differences(one: Params, other: Params) -> int:
     """How many parameters of the rollout model are not those of the trainer, bit by bit."""
-    mine, theirs = (jax.device_get(jax.tree.leaves(tree)) for tree in (lm.params, params))
-    return sum(not np.array_equal(one, other) for one, other in zip(mine, theirs, strict=True))
+    mine, theirs = (jax.device_get(jax.tree.leaves(tree)) for tree in (one, other))
+    return sum(not np.array_equal(left, right) for left, right in zip(mine, theirs, strict=True))
+
+
+def distance(one: Params, other: Params) -> float:
+    """Euclidean distance of all parameters."""
+    mine, theirs = (jax.device_get(jax.tree.leaves(tree)) for tree in (one, other))
+    return math.sqrt(sum(float(((left - right) ** 2).sum()) for left, right in zip(mine, theirs, strict=True)))
 
 
 class Compilations:
@@ -158,47 +162,66 @@ class Compilations:
 
 
 class Run:
-    """The log of a run: a line of metrics an update, a progress bar, and what must hold after every sync."""
+    """The log of a run: a line of metrics an update, a progress bar, and what must hold after every sync.
+
+    The file has its name when the run is over; until then, and for good if it fails, it ends in .partial.
+    """
 
     def __init__(self, path: Path, settings: Settings, *, title: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._file, self._settings = path, path.open("w", encoding="utf-8"), settings
+        self._path, self._partial, self._settings = path, path.with_name(path.name + ".partial"), settings
+        self._file = self._partial.open("w", encoding="utf-8")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                    TextColumn("{task.fields[said]}"))
         self._bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
         self._task = self._bar.add_task(title, total=settings.updates, said="")
         self._started, self._compilations, self._settled = time.perf_counter(), Compilations(), None
+        self._start: Params | None = None
         self.records: list[dict[str, Any]] = []
+        self.checked: set[int] = set()
+        """Updates after which the rollouts' weights were found to be the trainer's."""
 
     def __enter__(self) -> Run:
         self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: object, *_: object) -> None:
         self._bar.stop()
         self._file.close()
+        if failed is None:
+            os.replace(self._partial, self._path)
 
     def due(self, update: int) -> bool:
         """Whether the policy is measured after so many updates."""
         return update % self._settings.evaluate_every == 0 or update == self._settings.updates
 
-    def add(self, update: int, metrics: dict[str, Any], *, lm: djax.DiffusionLM, params: Params) -> None:
-        """Log what is known after `update` updates and the sync behind them.
+    def check(self, update: int, used: Params, *, params: Params) -> None:
+        """Compare the weights of the rollouts after `update` updates with the trainer's.
 
         Raises:
-            RuntimeError: the rollout model has other weights than the trainer, or one of its programs was compiled
-                again after the first two updates.
+            RuntimeError: they differ.
         """
-        unequal = differences(lm, params)
+        unequal = differences(used, params)
         if unequal:
             raise RuntimeError(f"update {update}: {unequal} parameters of trainer and rollouts differ after the sync")
+        self.checked.add(update)
+
+    def add(self, update: int, metrics: dict[str, Any], *, lm: djax.DiffusionLM, params: Params) -> None:
+        """Log what is known after `update` updates: `params` are the trainer's.
+
+        Raises:
+            RuntimeError: a program of the rollout model was compiled again after the first two updates.
+        """
+        if self._start is None:
+            self._start = jax.tree.map(np.array, params)  # copies: trainers donate theirs
         if update == 2:
             self._settled = lm.compile_count
         if self._settled is not None and lm.compile_count != self._settled:
             raise RuntimeError(f"update {update}: the rollout model has compiled {lm.compile_count} programs, "
                                f"{self._settled} after two updates")
-        record = {"update": update, **metrics, "rollout_programs": lm.compile_count,
-                  "compilations": self._compilations.count, "seconds": time.perf_counter() - self._started}
+        record = {"update": update, **metrics, "distance": distance(params, self._start),
+                  "rollout_programs": lm.compile_count, "compilations": self._compilations.count,
+                  "seconds": time.perf_counter() - self._started}
         self.records.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()

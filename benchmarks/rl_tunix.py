@@ -8,37 +8,42 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from tunix.rl import rl_cluster
+from jaxtyping import Float
+from tunix.rl import function_registry, rl_cluster
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rollout.base_rollout import RolloutConfig
 
-from benchmarks.rl_optax import optimizer
-from benchmarks.rl_task import Prompts, Run, Settings, batches, evaluate, kernels, load, rewards
+from benchmarks.rl_optax import METHODS, optimizer
+from benchmarks.rl_task import Prompts, Run, Settings, batches, evaluate, load, rewards
+from djax.models import kernels_on
+from djax.rl.advantages import group_advantages
 from djax.rl.policy import DiffusionPolicy, diffusion_policy
-from djax.rl.tunix import GROUP_ADVANTAGES, DiffusionRollout, TraceGRPOConfig, TraceGRPOLearner, adapter
+from djax.rl.tunix import DiffusionRollout, TraceGRPOConfig, TraceGRPOLearner, adapter
 from djax.train import tasks
-
-METHODS = ("trace", "diffu")
-"""What runs in Tunix: `TraceGRPOLearner`, and the unmodified `GRPOLearner` on the causal view."""
+from djax.types import Params
 
 PROMPT_LENGTH = 48
+DIFFU_ADVANTAGES = "benchmark_diffu"
+"""Name of `diffu_advantages` in Tunix's registry."""
+
+
+@function_registry.register_advantage_estimator(DIFFU_ADVANTAGES)
+def diffu_advantages(rewards: Float[np.ndarray, "B"], num_generations: int) -> Float[np.ndarray, "B"]:
+    """Those of the optax run."""
+    return np.asarray(group_advantages(
+        jnp.asarray(rewards, jnp.float32), num_generations, scale=METHODS["diffu"].scale))
 
 
 def train(settings: Settings, run: Run, trainer: Mesh, rollouts: Mesh) -> None:
-    """Let Tunix train; a look at the policy before every batch.
-
-    Raises:
-        ValueError: a method that does not run in Tunix.
-    """
-    if settings.method not in METHODS:
-        raise ValueError(f"method: got {settings.method!r}; with tunix allowed {', '.join(METHODS)}")
+    """Let Tunix train one of `TUNIX_METHODS`; a look at the policy before every batch."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     lm = load(settings, rollouts)
     prompts = Prompts(settings, lm)
-    policy = diffusion_policy(lm, completion_length=settings.length, mesh=trainer, kernels=kernels(trainer))
+    policy = diffusion_policy(lm, completion_length=settings.length, mesh=trainer, kernels=kernels_on(trainer))
     role = rl_cluster.Role
     cluster = rl_cluster.RLCluster(
         actor=policy, tokenizer=adapter(lm),
@@ -55,19 +60,26 @@ def train(settings: Settings, run: Run, trainer: Mesh, rollouts: Mesh) -> None:
                 seed=jax.random.key(settings.seed))))
     seen: dict[str, Any] = {}
 
+    def trained() -> Params:
+        actor: DiffusionPolicy = cluster.actor_trainer.model
+        return nnx.to_pure_dict(nnx.state(actor.model, nnx.Param))
+
     def reward(prompts: Sequence[str], completions: Sequence[str], question: Any, **_: Any) -> list[float]:
+        # between sampling and training: the rollout model still has the weights that sampled
+        run.check(seen["update"], lm.params, params=trained())
         found = rewards([tasks.TASKS[settings.task].example(str(text)) for text in question], completions)
         seen["reward"] = float(found.mean())
         return found.tolist()
 
     def look(update: int) -> None:
         """After `update` updates and Tunix's sync: measure and log."""
-        cluster.rollout.refresh()
-        metrics, seen_now = dict(seen), run.due(update)
-        if seen_now:
+        metrics = {name: value for name, value in seen.items() if name != "update"}
+        if run.due(update):
+            cluster.rollout.refresh()
+            run.check(update, lm.params, params=trained())
             metrics |= evaluate(lm, settings, prompts)
-        trained: DiffusionPolicy = cluster.actor_trainer.model
-        run.add(update, metrics, lm=lm, params=nnx.to_pure_dict(nnx.state(trained.model, nnx.Param)))
+        run.add(update, metrics, lm=lm, params=trained())
+        seen["update"] = update
 
     def data() -> Iterator[dict[str, np.ndarray]]:
         for update, examples in batches(settings, prompts):
@@ -80,7 +92,7 @@ def train(settings: Settings, run: Run, trainer: Mesh, rollouts: Mesh) -> None:
             num_generations=settings.samples, beta=0.0, num_states=settings.steps)
         learner: GRPOLearner = TraceGRPOLearner(cluster, config, reward)
     else:
-        config = GRPOConfig(num_generations=settings.samples, beta=0.0, advantage_estimator=GROUP_ADVANTAGES)
+        config = GRPOConfig(num_generations=settings.samples, beta=0.0, advantage_estimator=DIFFU_ADVANTAGES)
         learner = GRPOLearner(cluster, config, reward)
     learner.train(data())
     look(settings.updates)

@@ -2,8 +2,8 @@
 
 Peak host memory is this process's part of one parameter and one chunk: every byte is read once, into the buffer of the
 shard that it belongs to, and the buffer is handed to the device (on CPU without a copy). Of what other processes'
-devices hold nothing is read, but for the rest of a row whose own part is shorter than a page of memory: the file system
-reads whole pages.
+devices hold nothing is read, but for the rest of a row whose own part is shorter than a page of memory (the file system
+reads whole pages), and for what lies between two own parts of a row.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def load(
     kernels: Kernels | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DiffusionLM:
-    """Load a LLaDA-MoE checkpoint. Nothing in it is executed: no pickle, no remote code.
+    """Load a checkpoint of LLaDA-MoE or LLaDA2. Nothing in it is executed: no pickle, no remote code.
 
     Args:
         source: a Hugging Face directory (safetensors), a directory written by `djax convert`, or a hub id;
@@ -189,7 +189,8 @@ class DiffusionLM:
     ) -> Generation:
         """Fill the masked positions of token sequences; every other token comes back as it was.
 
-        Blocks begin at each row's first masked position. No EOS stops a row, and EOS ids are not
+        Blocks begin at each row's first masked position, those of a model with
+        blocks at the boundary at or before it. No EOS stops a row, and EOS ids are not
         generated: the tokens on both sides are given. `tokens` and `text` of the result are whole rows.
 
         Args:
@@ -214,7 +215,7 @@ class DiffusionLM:
             top_p=top_p, min_p=min_p, guidance=guidance, mask_id=mask_id, eos_id=None, stop_on_eos=False)
         rows, masks = shared_masked(
             token_ids, mask, vocab_size=self.config.vocab_size, mesh=self.mesh,
-            call={"call": "infill", **vars(options), "key": key, "row_ids": row_ids})
+            call={"call": "infill", **vars(options), "key": key, "row_ids": row_ids, **self._alike()})
         mask_token, eos_ids = resolve_ids(options, self.config)
         recipes.check_blocks(options.recipe, self.config, block_length=options.block_length, gaps=True)
         canvas = Canvas.from_tokens(
@@ -263,7 +264,7 @@ class DiffusionLM:
             top_p=top_p, min_p=min_p, guidance=guidance, mask_id=mask_id, eos_id=eos_id, stop_on_eos=stop_on_eos)
         canvas, parts, eos_ids = self._prepare(
             prompts, options, max_new_tokens=max_new_tokens, align=align, key=key, row_ids=row_ids,
-            call=f"stream, drafts={drafts}")
+            call=f"stream, drafts={drafts}, streamer={streamer is not None}")
         if streamer is not None and canvas.batch != 1:
             raise ValueError(f"streamer: got {canvas.batch} prompts; a streamer takes one; stream without it")
         steps = self._stream(
@@ -285,8 +286,9 @@ class DiffusionLM:
             row_ids: as in `generate`.
 
         Raises:
-            ValueError: not one row id for each row.
+            ValueError: not one row id for each row, or a cache policy that is not for this model or canvas.
         """
+        recipes.check_blocks(parts, self.config, block_length=canvas.block_length)
         arguments = self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
         with with_peers(self.mesh):
             result = self.program.denoise(*arguments)
@@ -323,8 +325,9 @@ class DiffusionLM:
         missing = -len(rows) % self.program.row_parts
         arrays = [np.pad(array, ((0, missing), (0, 0))) for array in (tokens, valid, positions)]
         program = self.program
-        got = program.logits(program.denoiser, self.params, *program.place_rows(tuple(arrays)))
-        return np.asarray(got)[: len(rows)]
+        with with_peers(self.mesh):
+            got = program.logits(program.denoiser, self.params, *program.place_rows(tuple(arrays)))
+            return np.asarray(got)[: len(rows)]
 
     def warmup(
         self, shapes: Sequence[tuple[int, int, int]], *, recipe: Recipe | None = None, block_length: int | None = None,
@@ -346,13 +349,17 @@ class DiffusionLM:
             # Nothing to decode: the program is compiled and its loop ends before the first step.
             idle = dataclasses.replace(canvas, is_masked=jnp.zeros_like(canvas.is_masked))
             arguments = self._arguments(idle, parts, guidance=guidance, key=0, row_ids=None)
-            jax.block_until_ready(self.program.denoise(*arguments))
+            with with_peers(self.mesh):
+                jax.block_until_ready(self.program.denoise(*arguments))
         return self.compile_count - before
 
     def memory_estimate(
         self, batch: int, canvas_length: int, *, recipe: Recipe | None = None, block_length: int | None = None
     ) -> MemoryEstimate:
-        """Bytes that a generation needs, from the shapes alone: nothing is compiled."""
+        """Bytes that a generation on one device needs, from the shapes alone: nothing is compiled.
+
+        What each device of a mesh needs is `djax.plan.plan`'s to say.
+        """
         return estimate_memory(
             self.config, batch=batch, canvas_length=canvas_length, parameter_bytes=_nbytes(self.params),
             **self._defaults(recipe, block_length))
@@ -365,7 +372,13 @@ class DiffusionLM:
     def _rows(self, prompts: Prompt | Sequence[Prompt] | None, call: Mapping[str, Any]) -> list[list[int]]:
         """Token ids of the prompts, whichever of the mesh's processes has them; `call` is the same on all."""
         return shared_prompts(
-            prompts, tokenizer=self.tokenizer, vocab_size=self.config.vocab_size, mesh=self.mesh, call=call)
+            prompts, tokenizer=self.tokenizer, vocab_size=self.config.vocab_size, mesh=self.mesh,
+            call={**call, **self._alike()})
+
+    def _alike(self) -> dict[str, Any]:
+        """What all processes of a mesh must have alike besides the call."""
+        return {"mesh": repr(self.mesh), "rules": dict(self.program.rules), "config": repr(self.config),
+                "kernels": repr(self.kernels), "tokenizer": self.vocab_limit}
 
     def _prepare(
         self, prompts: Prompt | Sequence[Prompt] | None, options: CallOptions, *, max_new_tokens: int, align: bool,
@@ -393,15 +406,18 @@ class DiffusionLM:
         reader = StreamReader(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer)
         denoiser, params, canvas, key, parts, rows = self._arguments(
             canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
-        state, more = self.program.begin(denoiser, params, canvas, key, parts, rows)
+        with with_peers(self.mesh):
+            state, more = self.program.begin(denoiser, params, canvas, key, parts, rows)
+            left = bool(more)
         block = 0
-        while more:
+        while left:
             block += 1
             steps, before_block = (1, canvas.num_blocks) if drafts else (np.iinfo(np.int32).max, block)
             limits = self.program.place((jnp.int32(steps), jnp.int32(before_block)))
             with with_peers(self.mesh):
                 state, shown, more = self.program.advance(denoiser, params, canvas, state, parts, *limits)
-                step = reader.read(shown, last=not bool(more))
+                left = bool(more)
+                step = reader.read(shown, last=not left)
             yield step
 
     def _arguments(
@@ -412,6 +428,8 @@ class DiffusionLM:
         ids = np.arange(canvas.batch) if row_ids is None else np.asarray(row_ids)
         if ids.shape != (canvas.batch,):
             raise ValueError(f"row_ids: got {ids.size} ids; allowed one for each of the {canvas.batch} prompts")
+        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31:
+            raise ValueError(f"row_ids: got {row_ids!r}; allowed integers from 0 to {2**31 - 1}")
         program = self.program
         padded = program.pad_rows(canvas)
         row_numbers = np.concatenate([ids, np.zeros(padded.batch - canvas.batch, ids.dtype)]).astype(np.int32)

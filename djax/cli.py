@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from djax.generation import StreamStep
 
 _ARGUMENT = re.compile(
-    r"(max_new_tokens|block_length|temperature|top_[kp]|min_p|guidance|mask_id|eos_id|dtype|mesh|preset)\b")
+    r"(max_new_tokens|block_length|temperature|top_[kp]|min_p|guidance|mask_id|eos_id|dtype|mesh)\b")
 
 app = typer.Typer(
     cls=OneLineGroup, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -346,7 +346,7 @@ def _fields_as_flags() -> Iterator[None]:
         named = _ARGUMENT.match(message)
         if named is None:
             raise
-        flag = "--" + named[1].replace("preset", "mesh").replace("_", "-")
+        flag = "--" + named[1].replace("_", "-")
         message = flag + message[named.end():].replace(f"pass {named[1]}=", f"give {flag}")
         raise ValueError(message if message.count(";") > 1 else f"{message}; change it") from error
 

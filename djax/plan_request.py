@@ -82,8 +82,7 @@ class Request:
             raise ValueError(
                 f"max_new_tokens: got {max_new_tokens} after a prompt of {prompt_length} tokens; allowed "
                 f"{config.max_positions} positions in all; shorten one of them")
-        if recipe is None:
-            recipe = recipes.dinfer() if config.block_length is None else recipes.llada2()
+        recipe = recipes.default_for(config) if recipe is None else recipe
         recipes.check_blocks(recipe, config, block_length=block)
         options = CallOptions(
             recipe=recipe, block_length=block, temperature=0.0, top_k=None, top_p=None, min_p=None, guidance=None,

@@ -1,8 +1,9 @@
 """The loop as programs for devices: jitted, and where there is a mesh, the same program on every device of it.
 
 On a mesh the whole loop runs inside one `jax.shard_map`: each device has its part of the weights, the cache and the
-rows, and the collectives are those that the models ask for (`djax.models.Parallel`). Nothing is left to a partitioner,
-kernels see the arrays of one device, and Auto and Explicit meshes give the same program. The mesh is held here; an
+rows. The collectives are those of `djax.models.Parallel` and of `kernels_pallas.combine_readouts`; where rows are split
+also `Canvas.any_row` and a gather of the results. Nothing is left to a partitioner, kernels see the arrays of one
+device, and Auto and Explicit meshes give the same program. The mesh is held here; an
 ambient one is never read.
 """
 
@@ -53,6 +54,8 @@ class Program:
         Raises:
             ValueError: as `djax.sharding.shardings` and `djax.models.parallel_on`.
         """
+        if mesh is None and rules is not None:
+            raise ValueError("rules: got some without a mesh; give mesh=, or leave rules out")
         self.config, self.mesh = config, mesh
         abstract, axes = abstract_params(config), logical_axes(config)
         if mesh is not None:

@@ -57,7 +57,9 @@ def shared_masked(
 ) -> tuple[list[list[int]], Sequence[Any]]:
     """Rows to fill in and their masks, by the rules of `shared_prompts`."""
     def encode() -> tuple[list[list[int]], Sequence[Any]]:
-        rows = encode_prompts(token_ids, tokenizer=None, vocab_size=vocab_size)  # type: ignore[arg-type]
+        if token_ids is None:
+            raise ValueError("token_ids: got None; allowed one or several lists of token ids")
+        rows = encode_prompts(token_ids, tokenizer=None, vocab_size=vocab_size)
         if mask is None:
             raise ValueError("mask: got None; allowed one for each row of token_ids")
         return rows, mask if len(mask) and isinstance(mask[0], Sequence | np.ndarray) else [mask]

@@ -16,6 +16,7 @@ from djax.cache_policies import BlockCausal, Dual, NoCache, Periodic, Prefix, Vi
 from djax.config import ModelConfig
 from djax.schedules import Linear
 from djax.smoothing import HardTokens, SoftTokens
+from djax.state import Parts
 from djax.strategies import Factor, Hierarchical, Quota, Threshold
 from djax.transforms import Credit, Identity
 from djax.types import CachePolicy, Smoothing, Strategy, Transform
@@ -142,11 +143,11 @@ def default_for(config: ModelConfig, *, gaps: bool = False) -> Recipe:
     return dinfer() if config.block_length is None else llada2(cache=not gaps)
 
 
-def check_blocks(recipe: Recipe, config: ModelConfig, *, block_length: int, gaps: bool = False) -> None:
+def check_blocks(recipe: Recipe | Parts, config: ModelConfig, *, block_length: int, gaps: bool = False) -> None:
     """Refuse a recipe whose cache is exact for other models, block lengths or canvases only.
 
     Args:
-        recipe: of a generation with the model of `config`.
+        recipe: of a generation with the model of `config`, or its parts.
         config: a model's configuration; its `block_length` is that of its attention, None without blocks.
         block_length: positions that are decoded together.
         gaps: whether there may be blocks without open positions between others, as in infilling.

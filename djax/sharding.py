@@ -98,6 +98,10 @@ def parse_mesh(text: str, *, devices: int) -> dict[str, int]:
         ValueError: not of this form, an axis that no default rule uses, or one that comes twice.
     """
     if "=" not in text:
+        if text not in PRESETS or (not PRESETS[text] and devices != 1):
+            raise ValueError(
+                f"mesh: got {text!r} for {devices} devices; it is one of {', '.join(PRESETS)} (single for one device "
+                "only), or sizes such as 'tensor=4,expert=2'")
         return preset_sizes(text, devices)
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -175,7 +179,7 @@ def rules_for(axes: Any, shapes: Any, mesh: Mesh) -> Rules:
     divide, placing the parameters says so.
     """
     named_axes, named_shapes = named_leaves(axes), named_leaves(shapes)
-    rules = dict(DEFAULT_RULES)
+    rules = dict(DEFAULT_RULES) | {name: mesh_axes(name, mesh, DEFAULT_RULES) or None for name in ("experts", "ffn")}
     for name in ("heads", "kv_heads", "vocab"):
         sizes = [size for leaf, names in named_axes.items()
                  for logical, size in zip(names, named_shapes[leaf].shape, strict=True) if logical == name]

@@ -43,7 +43,7 @@ def missing_compiler(name: str) -> str | None:
         return None if importlib.util.find_spec("libtpu") else "libtpu is not installed: pip install 'djax[aot]'"
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         return "JAX's CUDA plugin is not installed: pip install 'djax[aot]'"
-    if jax.config.jax_platforms not in ("cpu", "cuda"):  # type: ignore[attr-defined]
+    if jax.config.jax_platforms not in ("cpu", "cuda") and jax.default_backend() != "gpu":  # type: ignore[attr-defined]
         return "JAX looks for the CUDA plugin only where a GPU is, or with JAX_PLATFORMS=cpu"
     return None
 

@@ -23,7 +23,7 @@ Cache = Any
 Positions = Any
 """What a denoiser's `place` makes of positions: a pytree of arrays with leading axes [B, T], or [B, W] in a window."""
 PartState = Any
-"""A part's own state: a pytree of arrays, or () for none."""
+"""A part's own state: a pytree of arrays with a leading axis B (on a mesh their rows are split), or () for none."""
 Logits = Float[Array, "B L V"]
 
 

@@ -24,7 +24,8 @@ def accept(
     Neither tree is changed: who holds `current`, a generation in progress say, goes on with it. Each leaf moves from
     its devices to those of the current one, also where these belong to another mesh (disaggregated); what is there
     already in the right dtype and layout is shared and not copied (colocated). A training step that donates its
-    parameters would then delete them here too: hand over the new ones after each step, or copy.
+    parameters would then delete them here too: hand over the new ones after each step, or copy. NumPy arrays are always
+    copied: they may be written to later.
 
     Args:
         current: an `nnx.State` or a pure dict (`nnx.to_pure_dict`) of arrays.
@@ -101,6 +102,8 @@ def _move(old: Any, new: Any, *, copy: bool) -> Array:
     shrinks = new.dtype.itemsize > old.dtype.itemsize
     if shrinks:
         new = new.astype(old.dtype)
+    elif isinstance(new, np.ndarray):
+        new = new.copy()  # CPU devices use aligned NumPy memory in place, even with may_alias=False
     # an array that is not bound to its device has to stay so: otherwise a jitted function is compiled again
     elsewhere = isinstance(new, jax.Array) and new.sharding != getattr(old, "sharding", new.sharding)
     place = old.sharding if isinstance(old, jax.Array) and (old.committed or elsewhere) else None

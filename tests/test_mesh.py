@@ -54,7 +54,7 @@ def test_a_mesh_from_text() -> None:
     for text, message in (
         ("tensor=0", "mesh: got 'tensor=0'; it is a list of"), ("tensor=2,tensor=2", "list of different axes"),
         ("tensor=x", "mesh: got"), ("tensr=2", "mesh: got an axis 'tensr'; the rules use context, data,"),
-        ("tpp", "preset: got 'tpp'; there are single, tp, ep"), ("single", "preset: got 'single' for 8 devices")):
+        ("tpp", "mesh: got 'tpp' for 8 devices; it is one of single, tp, ep"), ("single", "mesh: got 'single' for 8")):
         with pytest.raises(ValueError, match=message):
             parse_mesh(text, devices=8)
 

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from djax.cache import LayerCache
 from djax.config import Llada2MoeConfig
-from djax.models.attention import Attention
+from djax.models import transformer
 from djax.models.kernels import Kernels
-from djax.models.layers import Rotation, contract, rms_norm
+from djax.models.layers import contract, rms_norm
 from djax.models.moe import router_logits
 from djax.models.parallel import WHOLE, Parallel
 from djax.models.parameters import normal, ones, zeros
@@ -115,54 +114,20 @@ class MixtureOfExperts(nnx.Module):
         return mixed.reshape(x.shape), logits.reshape(*x.shape[:2], -1)
 
 
-class Layer(nnx.Module):
+class Layer(transformer.Layer):
     """Attention, then a dense block or experts, each behind a norm and added to the residual stream."""
 
     def __init__(
         self, config: Llada2MoeConfig, index: int, *, rngs: nnx.Rngs, kernels: Kernels = Kernels(),
         parallel: Parallel = WHOLE,
     ) -> None:
-        self.config, self.parallel = config, parallel
-        self.attention_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
-        self.attention = Attention(config, rngs=rngs, implementation=kernels.attention, parallel=parallel)
+        super().__init__(config, rngs=rngs, kernels=kernels, parallel=parallel)
         self.mlp_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
         self.is_dense = index < config.num_dense_layers
         if self.is_dense:
             self.mlp = SwiGlu(config, config.dense_size, rngs=rngs)
         else:
             self.moe = MixtureOfExperts(config, rngs=rngs, implementation=kernels.moe, parallel=parallel)
-
-    def __call__(
-        self,
-        x: Float[Array, "B W D"],
-        *,
-        rotation: Rotation,
-        key_mask: Bool[Array, "B T"],
-        window_start: Int[Array, ""],
-        write: Bool[Array, "B W"],
-        cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
-        """The residual stream after the layer, and the layer's cache."""
-        x, cache = self.mix(
-            x, rotation=rotation, key_mask=key_mask, window_start=window_start, write=write, cache=cache)
-        return self.transform(x)[0], cache
-
-    def mix(
-        self,
-        x: Float[Array, "B W D"],
-        *,
-        rotation: Rotation,
-        key_mask: Bool[Array, "B T"],
-        window_start: Int[Array, ""],
-        write: Bool[Array, "B W"],
-        cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
-        """The layer's first half, attention: the residual stream after it, and the layer's cache."""
-        with jax.named_scope("attention"):
-            mixed, cache = self.attention(
-                rms_norm(x, self.attention_norm[...], eps=self.config.rms_norm_eps), rotation=rotation,
-                key_mask=key_mask, window_start=window_start, write=write, cache=cache)
-        return x + mixed, cache
 
     def transform(self, x: Float[Array, "B W D"]) -> tuple[Float[Array, "B W D"], Float[Array, "B W E"] | None]:
         """The second half, each position by itself; and the router's logits, None in a dense layer."""

@@ -8,62 +8,27 @@ from __future__ import annotations
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from djax.cache import LayerCache
 from djax.config import LladaMoeConfig
-from djax.models.attention import Attention
+from djax.models import transformer
 from djax.models.kernels import Kernels
-from djax.models.layers import Rotation, rms_norm
+from djax.models.layers import rms_norm
 from djax.models.moe import MixtureOfExperts
 from djax.models.parallel import WHOLE, Parallel
 from djax.models.parameters import ones
 from djax.models.transformer import Transformer
 
 
-class Layer(nnx.Module):
+class Layer(transformer.Layer):
     """Attention, then experts, each behind a norm and added to the residual stream."""
 
     def __init__(
         self, config: LladaMoeConfig, *, rngs: nnx.Rngs, kernels: Kernels = Kernels(), parallel: Parallel = WHOLE,
     ) -> None:
-        self.config = config
-        self.attention_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
-        self.attention = Attention(config, rngs=rngs, implementation=kernels.attention, parallel=parallel)
+        super().__init__(config, rngs=rngs, kernels=kernels, parallel=parallel)
         self.moe_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
         self.moe = MixtureOfExperts(config, rngs=rngs, moe_implementation=kernels.moe, parallel=parallel)
-
-    def __call__(
-        self,
-        x: Float[Array, "B W D"],
-        *,
-        rotation: Rotation,
-        key_mask: Bool[Array, "B T"],
-        window_start: Int[Array, ""],
-        write: Bool[Array, "B W"],
-        cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
-        """The residual stream after the layer, and the layer's cache."""
-        x, cache = self.mix(
-            x, rotation=rotation, key_mask=key_mask, window_start=window_start, write=write, cache=cache)
-        return self.transform(x)[0], cache
-
-    def mix(
-        self,
-        x: Float[Array, "B W D"],
-        *,
-        rotation: Rotation,
-        key_mask: Bool[Array, "B T"],
-        window_start: Int[Array, ""],
-        write: Bool[Array, "B W"],
-        cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
-        """The layer's first half, attention: the residual stream after it, and the layer's cache."""
-        with jax.named_scope("attention"):
-            mixed, cache = self.attention(
-                rms_norm(x, self.attention_norm[...], eps=self.config.rms_norm_eps), rotation=rotation,
-                key_mask=key_mask, window_start=window_start, write=write, cache=cache)
-        return x + mixed, cache
 
     def transform(self, x: Float[Array, "B W D"]) -> tuple[Float[Array, "B W D"], Float[Array, "B W E"]]:
         """The second half, the experts, each position by itself; and the router's logits."""

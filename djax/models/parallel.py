@@ -1,7 +1,8 @@
 """What a model does about its arrays being split, when the whole program runs inside one `jax.shard_map`.
 
-Every device runs the same code on its own part of the weights. Partial results are summed here and nowhere else, so
-that the collectives of a program are those that can be read in the models.
+Every device runs the same code on its own part of the weights. The models' partial results are summed here, so that
+the collectives of a forward can be read in the models; only readings of the head are joined elsewhere
+(`kernels_pallas.combine_readouts`).
 """
 
 from __future__ import annotations

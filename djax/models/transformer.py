@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from djax.cache import KVCache
 from djax.config import ModelConfig
+from djax.models.attention import Attention
 from djax.models.head import read_head
 from djax.models.kernels import Kernels
 from djax.models.layers import Rotation, contract, rms_norm, rotary_angles
@@ -21,6 +22,51 @@ from djax.models.log_probs import token_log_probs
 from djax.models.parallel import Parallel
 from djax.models.parameters import normal, ones
 from djax.types import HeadQuery, Reading
+
+
+class Layer(nnx.Module):
+    """A layer's first half, attention, in which positions meet. The second half, `transform`, is a subclass's."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, kernels: Kernels, parallel: Parallel) -> None:
+        self.config, self.parallel = config, parallel
+        self.attention_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
+        self.attention = Attention(config, rngs=rngs, implementation=kernels.attention, parallel=parallel)
+
+    def transform(self, x: Float[Array, "B W D"]) -> tuple[Float[Array, "B W D"], Float[Array, "B W E"] | None]:
+        """The second half, each position by itself; and the router's logits, None where there is no router."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        x: Float[Array, "B W D"],
+        *,
+        rotation: Rotation,
+        key_mask: Bool[Array, "B T"],
+        window_start: Int[Array, ""],
+        write: Bool[Array, "B W"],
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
+        """The residual stream after the layer, and the layer's cache."""
+        x, cache = self.mix(
+            x, rotation=rotation, key_mask=key_mask, window_start=window_start, write=write, cache=cache)
+        return self.transform(x)[0], cache
+
+    def mix(
+        self,
+        x: Float[Array, "B W D"],
+        *,
+        rotation: Rotation,
+        key_mask: Bool[Array, "B T"],
+        window_start: Int[Array, ""],
+        write: Bool[Array, "B W"],
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
+        """The layer's first half, attention: the residual stream after it, and the layer's cache."""
+        with jax.named_scope("attention"):
+            mixed, cache = self.attention(
+                rms_norm(x, self.attention_norm[...], eps=self.config.rms_norm_eps), rotation=rotation,
+                key_mask=key_mask, window_start=window_start, write=write, cache=cache)
+        return x + mixed, cache
 
 
 class Transformer(nnx.Module):

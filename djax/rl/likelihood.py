@@ -38,9 +38,11 @@ def log_likelihood(
 ) -> tuple[Float[np.ndarray, "B"], Float[np.ndarray, "B"]]:
     """Estimates of log p(target | prompt) in nats, and their standard errors.
 
-    A lower bound (LLaDA, arXiv 2502.09992, eq. 6), except for "autoregressive", which is the log-prob of writing the
-    target from left to right, exactly, in as many forwards as it has tokens. The target's length is given: nothing is
-    open behind it. The mask id and the vocabulary's padding are outside of the distribution, as in generation.
+    "stratified" and "fixed_k" are unbiased for a lower bound (LLaDA, arXiv 2502.09992, eq. 6). "gauss" has that bound's
+    quadrature and rounding error, which the standard error does not count: it may lie on either side. "autoregressive"
+    is the log-prob of writing the target from left to right, exactly, in as many forwards as it has tokens. The
+    target's length is given: nothing is open behind it. The mask id and the vocabulary's padding are outside of the
+    distribution, as in generation, and refused in targets.
 
     The n states are n/2 draws done twice, independently: what two states of the same kind differ by is the noise, so
     the standard error does not count what a scheme's own spread of states takes out of it.
@@ -114,5 +116,21 @@ def _given(lm: DiffusionLM, prompts: Any, targets: Any, mask_id: int | None) -> 
     mask_token = lm.config.mask_id if mask_id is None else mask_id
     if mask_token is None:
         raise ValueError("mask_id: neither the checkpoint nor its tokenizer gives one; pass mask_id=")
+    for index, (row, target) in enumerate(zip(rows, wanted, strict=True)):
+        _check_target(lm, row, target, mask_token, name=f"targets[{index}]")
     forbidden = Forbidden(ids=np.asarray([mask_token], np.int32), limit=np.int32(lm.vocab_limit))  # type: ignore[arg-type]
     return as_rollout(rows, wanted, mask_id=mask_token, pad_id=lm.config.pad_id, forbidden=forbidden)
+
+
+def _check_target(
+    lm: DiffusionLM, prompt: Sequence[int], target: Sequence[int], mask_token: int, *, name: str
+) -> None:
+    """Refuse what has the probability 0 or is longer than the model's positions."""
+    wrong = [token for token in target if token == mask_token or token >= lm.vocab_limit]
+    if wrong:
+        raise ValueError(f"{name}: got the token {wrong[0]}, which the model cannot generate; allowed ids below "
+                         f"{lm.vocab_limit} other than the mask id {mask_token}")
+    length = len(prompt) + len(target)
+    if length > lm.config.max_positions:
+        raise ValueError(f"{name}: got {len(target)} tokens, {length} with the prompt; allowed "
+                         f"{lm.config.max_positions} in all; shorten it or its prompt")

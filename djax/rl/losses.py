@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from djax import struct
 
 LARGEST_LOG_RATIO = 20.0
-"""Log-ratios are cut to +-this before `exp`: float32 overflows at 88, and squares of ratios at 44."""
+"""Ratios go on linearly above exp of this: float32 overflows at 88, and squares of ratios at 44."""
 
 Number = float | Float[Array, ""]
 TokenReduce = Literal["sequence", "batch"]
@@ -39,7 +39,8 @@ class PolicyReport:
     kl: Float[Array, ""]
     """The estimated KL to the reference, as the loss weighs it; 0 without a reference."""
     clip_fraction: Float[Array, ""]
-    """Share of the counted ratios whose clipping is in force, and which therefore get no gradient."""
+    """Share of the counted ratios whose clipping is in force, which therefore get no gradient, or that are above
+    exp(`LARGEST_LOG_RATIO`), whose gradient stays at what it is there."""
     ratio: Float[Array, ""]
     """Mean of the counted ratios."""
     count: Float[Array, ""]
@@ -49,10 +50,11 @@ class PolicyReport:
 def k3(log_probs: Float[Array, "*n"], reference: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """p_ref / p - log(p_ref / p) - 1: unbiased for KL(p || p_ref) under samples of p, and never negative.
 
-    DeepSeekMath (arXiv 2402.03300), equation 4.
+    DeepSeekMath (arXiv 2402.03300), equation 4. Above a ratio of exp(`LARGEST_LOG_RATIO`) it goes on linearly in
+    the log-ratio.
     """
-    difference = _bounded(reference - log_probs)
-    return jnp.exp(difference) - difference - 1.0
+    difference = reference - log_probs
+    return _exp(difference) - difference - 1.0
 
 
 def k2(log_probs: Float[Array, "*n"], reference: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -317,18 +319,20 @@ def _assemble(
     clip_low: Number, clip_high: Number,
 ) -> tuple[Float[Array, ""], PolicyReport]:
     """Loss and report from log-ratios; `weights` are zero where nothing is counted."""
-    ratio = jnp.exp(_bounded(log_ratio))
+    ratio = _exp(log_ratio)
     advantages = jax.lax.stop_gradient(jnp.where(counted, advantages, 0.0))
     free, clipped = ratio * advantages, jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
     objective = jnp.sum(weights * jnp.minimum(free, clipped))
     divergence = jnp.float32(0.0) if kl is None else jnp.sum(weights * kl)
     loss = -objective + beta * divergence
+    cut = (clipped < free) | (log_ratio > LARGEST_LOG_RATIO)
     number = counted.sum()
     mean = lambda values: jnp.sum(jnp.where(counted, values, 0.0)) / jnp.maximum(number, 1)  # noqa: E731
     return loss, PolicyReport(
-        loss=loss, objective=objective, kl=divergence, clip_fraction=mean(clipped < free), ratio=mean(ratio),
+        loss=loss, objective=objective, kl=divergence, clip_fraction=mean(cut), ratio=mean(ratio),
         count=number.astype(jnp.float32))
 
 
-def _bounded(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    return jnp.clip(log_ratio, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+def _exp(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """exp up to the largest log-ratio, its tangent there above it: finite, and with a gradient everywhere."""
+    return jnp.exp(jnp.minimum(log_ratio, LARGEST_LOG_RATIO)) * (1.0 + jnp.maximum(log_ratio - LARGEST_LOG_RATIO, 0.0))

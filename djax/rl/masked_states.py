@@ -41,7 +41,8 @@ def trace_states(
         shrink: this many consecutive steps become one state, the first of them: fewer forwards, and no longer exact
             above 1 (TraceRL's shrinkage).
         num_states: n, at least the steps of the longest row; None takes the next size of `djax.canvas.bucket_size`, or
-            the number of open columns where the rollout is traced. States that no row needs cost nothing.
+            the number of open columns where the rollout is traced. States that no row needs cost nothing. Under `jit`
+            too few cannot be refused: tokens whose step lies beyond the states have the weight NaN instead.
         exact: refuse rollouts that are not replayable. False takes the order of commits alone, for ratios of log-probs
             that all come from `score`.
 
@@ -60,9 +61,10 @@ def trace_states(
     count = _state_count("num_states", num_states, needed, rollout)
     states = jnp.arange(count)[None, :, None]
     decided = (step[:, None] < states) & committed[:, None]
+    weights = ((step[:, None] == states) & committed[:, None]).astype(jnp.float32)
     return MaskedStates(
         masks=jnp.asarray(rollout.is_open)[:, None] & ~decided,
-        weights=((step[:, None] == states) & committed[:, None]).astype(jnp.float32))
+        weights=jnp.where((committed & (step >= count))[:, None], jnp.nan, weights))
 
 
 def masked_states(
@@ -93,7 +95,8 @@ def masked_states(
         key: of all random numbers; fixed schemes ignore it.
         scheme: see above.
         n: states per row, over which all but coupled and autoregressive average; None is `DEFAULT_STATES`, and for
-            autoregressive enough for the longest completion.
+            autoregressive enough for the longest completion. Under `jit` too few for autoregressive cannot be refused:
+            tokens beyond the states have the weight NaN instead.
         prompt_mask_probability: in "one_step", each given token is hidden with this probability too (d1: 0.15).
 
     Raises:
@@ -175,7 +178,8 @@ def _autoregressive(key: Key[Array, ""], completion: Bool[Array, "B T"], count: 
     place = (jnp.cumsum(completion, axis=1, dtype=jnp.int32) - 1)[:, None]
     states = jnp.arange(count)[None, :, None]
     everything = completion[:, None]
-    return _Draw(everything & (place >= states), (everything & (place == states)).astype(jnp.float32))
+    weights = (everything & (place == states)).astype(jnp.float32)
+    return _Draw(everything & (place >= states), jnp.where(everything & (place >= count), jnp.nan, weights))
 
 
 _SCHEMES = {"one_step": _one_step, "coupled": _coupled, "fixed_k": _fixed_k, "stratified": _stratified,

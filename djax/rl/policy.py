@@ -108,7 +108,11 @@ def as_policy(lm: DiffusionLM, model: Any, completion_length: int) -> DiffusionP
 
 @struct.dataclass
 class DiffusionTokenBatch:
-    """One masked state a row, in the shape that Tunix's diffusion losses are to take. Every array has B rows."""
+    """One masked state a row, in the shape that Tunix's diffusion losses are to take. Every array has B rows.
+
+    The temperature is no part of it: divide `diffusion_logits` by `rollout.temperature` where that is above 0, as
+    `score` does, or the log-probs are those at temperature 1.
+    """
 
     model_inputs: dict[str, Array]
     """`input_tokens` (masked), `positions` and `key_mask`, [B, T] each: what `diffusion_logits` takes."""

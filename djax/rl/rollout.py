@@ -38,7 +38,7 @@ def rollout(
     num_samples: int = 1,
     recipe: Recipe | None = None,
     max_new_tokens: int = 256,
-    block_length: int = 64,
+    block_length: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -65,7 +65,7 @@ def rollout(
         recipe: which decoder; None is `EXACT`, threshold decoding at 0.9 without a cache. Other recipes work, and
             `Rollout.replayable` says whether they can be replayed.
         max_new_tokens: positions to generate per row.
-        block_length: positions decoded together.
+        block_length: positions decoded together; None is the length of the model's own blocks, or 64.
         temperature: of the draws; 0 is greedy, and then all samples of a prompt are the same.
         top_k, top_p, min_p: filters, see `DiffusionLM.generate`; top_p=1 and min_p=0 are none.
         guidance: see `DiffusionLM.generate`.
@@ -80,6 +80,7 @@ def rollout(
         ValueError: names the argument, what came and what is allowed.
     """
     _at_least_one("num_samples", num_samples)
+    block_length = (lm.config.block_length or 64) if block_length is None else block_length
     options = CallOptions(
         recipe=EXACT if recipe is None else recipe, block_length=block_length, temperature=temperature, top_k=top_k,
         top_p=None if top_p == 1 else top_p, min_p=None if min_p == 0 else min_p, guidance=guidance, mask_id=mask_id,
@@ -103,7 +104,7 @@ def rollout_infill(
     key: int | Key[Array, ""],
     num_samples: int = 1,
     recipe: Recipe | None = None,
-    block_length: int = 64,
+    block_length: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -132,6 +133,7 @@ def rollout_infill(
         ValueError: names the argument, what came and what is allowed.
     """
     _at_least_one("num_samples", num_samples)
+    block_length = (lm.config.block_length or 64) if block_length is None else block_length
     options = CallOptions(
         recipe=EXACT if recipe is None else recipe, block_length=block_length, temperature=temperature, top_k=top_k,
         top_p=None if top_p == 1 else top_p, min_p=None if min_p == 0 else min_p, guidance=guidance, mask_id=mask_id,
@@ -146,7 +148,7 @@ def rollout_infill(
                          f"{[len(row) for row in rows]}; they must be equal")
     canvas = Canvas.from_tokens(
         _repeat(rows, num_samples), _repeat(list(mask), num_samples), block_length=block_length, mask_id=mask_token,
-        pad_id=lm.config.pad_id)
+        pad_id=lm.config.pad_id, align=lm.config.block_length is not None)
     parts = make_parts(options, mask_id=mask_token, eos_ids=eos_ids, vocab_limit=lm.vocab_limit,
                        forbidden=() if stop_on_eos else eos_ids)
     return _sample(lm, canvas, parts, options, eos_ids=eos_ids if stop_on_eos else (), key=key,

@@ -39,8 +39,9 @@ def score(
 
     Pure and traceable: differentiate it, jit it, run it on arrays split over a mesh with Auto or Explicit axes (XLA
     then partitions the plain model: build it with `djax.models.kernels_on(mesh)`). States are scored one after another,
-    so memory is that of one forward of the rows; a state in which no row has weight costs nothing. What the sampler
-    could not draw (`rollout.forbidden`) is outside of the distribution here too.
+    so memory is that of one forward of the rows; a state in which no row has weight costs nothing. A row is only shown
+    in states where it has weight, so one that is NaN elsewhere (`StopReason.NAN`) leaves values and gradients alone.
+    What the sampler could not draw (`rollout.forbidden`) is outside of the distribution here too.
 
     Args:
         denoiser: the model's graphdef (`nnx.split`), or any `djax.types.Denoiser`.
@@ -77,10 +78,15 @@ def _score(
     temperature: Float[Array, ""], *, vocab_chunk: int, reduce: Reduce, remat: bool,
 ) -> Array:
     first = rollout.first_block
-    log_probs = _asker(denoiser, params, rollout, temperature, vocab_chunk=vocab_chunk, remat=remat)
+    log_probs = _asker(denoiser, params, temperature, vocab_chunk=vocab_chunk, remat=remat)
 
     def weigh(mask: Bool[Array, "B T"], weights: Float[Array, "B O"]) -> Float[Array, "B O"]:
-        found = log_probs(jnp.where(mask, rollout.mask_id, rollout.tokens))
+        # a row without weight runs as a copy of one with weight, and all masked if none has: were it NaN, a `where`
+        # would keep it out of the sum, but not out of the gradient
+        has = (weights != 0).any(axis=1)
+        rows = jnp.where(has, jnp.arange(has.size), jnp.argmax(has))
+        shown = rollout.take(rows)
+        found = log_probs(shown, jnp.where(mask[rows] | ~has.any(), rollout.mask_id, shown.tokens))
         return jnp.where(weights != 0, weights * jnp.where(weights != 0, found, 0.0), 0.0)
 
     def unless_empty(mask: Bool[Array, "B T"], weights: Float[Array, "B O"]) -> Float[Array, "B O"]:
@@ -104,30 +110,30 @@ def _score(
 
 
 def _asker(
-    denoiser: nnx.GraphDef[Any] | Denoiser, params: Params, rollout: Rollout, temperature: Float[Array, ""], *,
-    vocab_chunk: int, remat: bool,
-) -> Callable[[Int[Array, "B T"]], Float[Array, "B O"]]:
-    """A function from the tokens shown to the log-probs of the rollout's tokens from the first block on."""
-    first = rollout.first_block
-    target = rollout.tokens[:, first:]
+    denoiser: nnx.GraphDef[Any] | Denoiser, params: Params, temperature: Float[Array, ""], *, vocab_chunk: int,
+    remat: bool,
+) -> Callable[[Rollout, Int[Array, "B T"]], Float[Array, "B O"]]:
+    """A function from a rollout and the tokens shown to the log-probs of its tokens from the first block on."""
     if isinstance(denoiser, nnx.GraphDef | ModelDenoiser):
         model = nnx.merge(denoiser.graphdef if isinstance(denoiser, ModelDenoiser) else denoiser, params)
 
-        def by_vocabulary(shown: Int[Array, "B T"]) -> Float[Array, "B O"]:
+        def by_vocabulary(rollout: Rollout, shown: Int[Array, "B T"]) -> Float[Array, "B O"]:
+            first = rollout.first_block
             hidden, _ = model.hidden_and_router(
                 shown, positions=rollout.positions, key_mask=rollout.valid, remat=remat)
-            return token_log_probs(hidden[:, first:], model.head[...], target, temperature=temperature,
-                                   forbidden=rollout.forbidden, vocab_chunk=vocab_chunk)
+            return token_log_probs(hidden[:, first:], model.head[...], rollout.tokens[:, first:],
+                                   temperature=temperature, forbidden=rollout.forbidden, vocab_chunk=vocab_chunk)
 
         return by_vocabulary
     other = denoiser
 
-    def by_position(shown: Int[Array, "B T"]) -> Float[Array, "B O"]:
+    def by_position(rollout: Rollout, shown: Int[Array, "B T"]) -> Float[Array, "B O"]:
+        first = rollout.first_block
         hidden, _ = other.apply(
             params, other.embed(params, shown), positions=other.place(params, rollout.positions),
             key_mask=rollout.valid, window_start=jnp.int32(0), write=rollout.valid, cache=None)
         hidden = jax.tree.map(lambda leaf: leaf[:, first:], hidden)
-        return _by_position(other, params, hidden, target, rollout, temperature)
+        return _by_position(other, params, hidden, rollout.tokens[:, first:], rollout, temperature)
 
     return by_position
 

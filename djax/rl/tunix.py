@@ -3,7 +3,7 @@
     policy = djax.rl.policy.diffusion_policy(lm, completion_length=64)      # the module that Tunix trains
     engine = functools.partial(DiffusionRollout, lm=lm, recipe=recipe)      # ClusterConfig(rollout_engine=engine)
     cluster = RLCluster(actor=policy, tokenizer=adapter(lm), cluster_config=...)
-    GRPOLearner(cluster, GRPOConfig(...), reward_fns)                       # unmodified: diffu-GRPO
+    GRPOLearner(cluster, GRPOConfig(...), reward_fns)                       # unmodified: diffu-GRPO, prompts unmasked
     TraceGRPOLearner(cluster, TraceGRPOConfig(...), reward_fns)             # trace-exact GRPO
 
 Tunix tells padding from tokens by `ids != pad_id`, which drops the EOS of every answer where both are one id: here
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import flax
@@ -128,12 +129,15 @@ class DiffusionRollout(base_rollout.BaseRollout):
             micro_batch: rows decoded at a time.
 
         Raises:
-            ValueError: the actor is no `DiffusionPolicy`, `lm` has no tokenizer or is on other devices than `mesh`, or
-                the policy has another completion length than the rollouts.
+            ValueError: the actor is no `DiffusionPolicy` or has LoRA parameters, `lm` has no tokenizer or is on other
+                devices than `mesh`, or the policy has another completion length than the rollouts.
         """
         if not isinstance(rollout_actor, DiffusionPolicy):
             raise ValueError(f"rollout_actor: got a {type(rollout_actor).__name__}; allowed a DiffusionPolicy "
                              "(djax.rl.policy.diffusion_policy)")
+        if jax.tree.leaves(nnx.state(rollout_actor, nnx.LoRAParam)):
+            raise ValueError("rollout_actor: got one with LoRA parameters; allowed one without: the rollout model has "
+                             "no place for them; train all weights")
         devices = {device for leaf in jax.tree.leaves(lm.params) for device in leaf.devices()}
         if devices != set(mesh.devices.flat):
             raise ValueError(
@@ -201,8 +205,11 @@ class DiffusionRollout(base_rollout.BaseRollout):
         """New weights, resharded and cast to those of the rollout model; compiles nothing.
 
         Raises:
-            ValueError: another tree or shape; names the leaf. Nothing has changed then.
+            ValueError: another tree or shape, whose leaf is named, or LoRA parameters. Nothing has changed then.
         """
+        if filter_types and nnx.LoRAParam in filter_types:
+            raise ValueError("filter_types: got LoRAParam; allowed Param: the rollout model has no place for LoRA "
+                             "parameters; train all weights")
         self._lm.update_params(params.get("model", params))
 
     def refresh(self) -> None:
@@ -317,6 +324,18 @@ class TraceGRPOLearner(grpo_learner.GRPOLearner):
     sampler's own, and those of the reference are taken at the same masked states.
     """
 
+    _full_batch_size: int | None = None  # prompts of a step; unknown outside of `train`
+
+    def train(
+        self, train_ds: Iterable[dict[str, Any]], eval_ds: Iterable[dict[str, Any]] | None = None,
+        skip_jit: bool = False,
+    ) -> None:
+        """Tunix's loop over batches; the size of the first is that of all."""
+        batches = iter(train_ds)
+        first = next(batches)
+        self._full_batch_size = len(first["prompts"])
+        super().train(itertools.chain([first], batches), eval_ds, skip_jit)
+
     def _generate_and_compute_advantage(
         self, training_input: dict[str, Any], mode: cluster_lib.Mode = cluster_lib.Mode.TRAIN
     ) -> TraceExample:
@@ -341,8 +360,9 @@ class TraceGRPOLearner(grpo_learner.GRPOLearner):
         """Log-probs of the policy that sampled, at these states."""
         if rollouts.replayable and self.algo_config.shrink == 1:
             return jnp.asarray(rollouts.log_prob)
-        if self.algo_config.num_iterations == 1:
-            return None  # the policy that is trained: its ratio to itself is 1
+        mini = self.rl_cluster.cluster_config.training_config.mini_batch_size
+        if self.algo_config.num_iterations == 1 and mini in (None, self._full_batch_size):
+            return None  # one update a sync: what sampled is what is trained, and its ratio to itself is 1
         return _scored(self.rl_cluster.rollout.model(), rollouts, states)
 
     def _report(

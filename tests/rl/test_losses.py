@@ -246,6 +246,23 @@ def test_huge_ratios_stay_finite():
         lambda x: grpo_loss(x, jnp.asarray([-1.0]), mask=mask, old=old, reference=old, beta=0.1)[0])(new)
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
+    # the advantage and the KL both want the first to fall; the second's ratio is clipped, and the KL wants it to rise
+    assert gradient[0, 0] > 0
+    assert gradient[0, 1] < 0
+
+
+def test_ratios_above_the_bound_go_on_along_the_tangent():
+    bound, far = math.exp(20.0), jnp.asarray([[21.0, 60.0, 0.0]])
+    (value, report), gradient = jax.value_and_grad(
+        lambda x: grpo_loss(x, jnp.asarray([-1.0]), mask=jnp.ones((1, 3), bool), old=jnp.zeros((1, 3))),
+        has_aux=True)(far)
+    np.testing.assert_allclose(value, (2 * bound + 41 * bound + 1) / 3, rtol=1e-5)
+    np.testing.assert_allclose(gradient, [[bound / 3, bound / 3, 1 / 3]], rtol=1e-5)
+    assert report.clip_fraction == pytest.approx(2 / 3)
+    # k3 against log p alone: below the bound it is what it was, also where the exponential is nothing
+    slope = jax.vmap(jax.grad(lambda x: k3(x, 0.0)))(jnp.asarray([60.0, 30.0, 1.0, -1.0, -60.0]))
+    np.testing.assert_allclose(slope, [1.0, 1.0, 1 - math.exp(-1), 1 - math.e, 1 - bound], rtol=1e-5)
+    np.testing.assert_allclose(k3(jnp.float32(60.0), jnp.float32(0.0)), 59.0, rtol=1e-6)
 
 
 def test_the_end_of_sequence_is_learned_though_it_is_the_padding_token():

@@ -208,6 +208,28 @@ def test_states_can_be_drawn_in_a_traced_function() -> None:
     assert not np.asarray(trace.weights).any()  # given tokens have no steps
 
 
+def test_too_few_states_are_seen_in_a_traced_function() -> None:
+    """No length is known there: what is left out has the weight NaN, and nothing else has."""
+    rollout = rollouts(1)
+    here = slice(rollout.first_block, rollout.first_block + LENGTH)
+    order = np.full(rollout.tokens.shape, -1, np.int32)
+    order[:, here] = [0, 3, 1, 1, 2, 4]
+    stepped = rollout.replace(commit_step=order)
+
+    @jax.jit
+    def both(rollout: rl.Rollout, key: jax.Array) -> tuple[rl.MaskedStates, rl.MaskedStates]:
+        return (rl.masked_states(rollout, key, scheme="autoregressive", n=4),
+                rl.trace_states(rollout, num_states=3, exact=False))
+
+    chain, trace = both(stepped, jax.random.key(0))
+    for states, lost in ((chain, [4, 5]), (trace, [1, 5])):
+        wrong = np.isnan(np.asarray(states.weights))
+        assert wrong.all(axis=1)[0].nonzero()[0].tolist() == [here.start + place for place in lost]
+        assert wrong.sum() == states.num_states * 2
+    enough = jax.jit(lambda given: rl.trace_states(given, num_states=5, exact=False))(stepped)
+    assert np.asarray(enough.weights).sum() == LENGTH
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"scheme": "elbo"}, "scheme: got 'elbo'; allowed: one_step, coupled"),
     ({"n": 0}, "n: got 0; it must be at least 1"),

@@ -84,11 +84,12 @@ def test_a_policy_is_a_copy(policy, tiny_lm):
 
 @pytest.mark.parametrize("scheme", ["one_step", "stratified"])
 def test_token_batches_hold_the_same_sum(scheme, policy, sampled):
+    sampled = sampled.replace(temperature=np.float32(0.7))
     states = rl.masked_states(sampled, jax.random.key(2), scheme=scheme, n=3)
     batch = diffusion_token_batch(sampled, states)
     rows = sampled.batch * 3
     assert all(leaf.shape == (rows, sampled.length) for leaf in jax.tree.leaves(batch))
-    logits = nnx.jit(diffusion_logits)(policy, batch.model_inputs)
+    logits = nnx.jit(diffusion_logits)(policy, batch.model_inputs) / sampled.temperature
     log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.target_ids[..., None], axis=-1)[..., 0]
     sums = jnp.where(batch.loss_weights > 0, batch.loss_weights * log_probs, 0.0).sum(1).reshape(-1, 3).sum(1)
     graphdef, params = nnx.split(policy.model)

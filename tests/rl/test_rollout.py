@@ -16,6 +16,7 @@ from djax.canvas import Canvas
 from djax.denoise import denoise
 from djax.state import Parts, StopReason
 from tests import toy
+from tests.models.golden_llada2 import GOLDENS
 from tests.rl.tiny import EOS, MASK
 
 PROMPTS = [[9, 17, 10, 6, 13], [12, 10, 57, 32, 1, 49, 55, 29, 35], [7]]
@@ -261,6 +262,23 @@ def test_pinned_tokens_come_back(tiny_lm) -> None:
     pinned = got.valid & ~got.is_open
     np.testing.assert_array_equal(ended.tokens[pinned], got.tokens[pinned])
     assert ended.forbidden.ids.tolist() == [MASK]
+
+
+def test_blocks_of_attention_are_blocks_of_rollouts() -> None:
+    """Without being asked for: pins of a ragged batch as each row alone, and replayed by the scorer."""
+    lm = djax.load(GOLDENS, dtype="float32", mask_id=150, eos_id=151)
+    rows = [list(range(1, 50)), list(range(60, 77))]
+    masks = [[index in (3, 40, 41) for index in range(49)], [index % 5 == 4 for index in range(17)]]
+    got = rl.rollout_infill(lm, rows, masks, key=0, temperature=0.0)
+    assert got.block_length == lm.config.block_length == 32
+    for row, (tokens, mask) in enumerate(zip(rows, masks, strict=True)):
+        alone = lm.infill([tokens], [mask], recipe=recipes.llada2(threshold=0.9, cache=False))
+        np.testing.assert_array_equal(got.tokens[row][got.valid[row]], alone.tokens[0])
+        start = int(got.valid[row].argmax())
+        assert (got.first_block - start) % 32 == 0
+    replayed = score(lm.denoiser, lm.params, got, rl.trace_states(got))
+    np.testing.assert_allclose(replayed, got.log_prob, atol=2e-5)
+    assert rl.rollout(lm, [[1, 2, 3]], key=0, max_new_tokens=4).block_length == 32
 
 
 def test_rows_can_be_taken(warm) -> None:

@@ -135,6 +135,32 @@ def test_states_without_weight_are_not_run() -> None:
     assert np.isnan(both(params, broken)[0])
 
 
+@pytest.mark.parametrize("remat", [True, False])
+def test_a_row_that_turns_nan_teaches_nobody_nan(remat: bool) -> None:
+    """Row 1 is NaN once its second token is shown, in states where only others have weight: it ended before them."""
+    prompts, answers, steps, poison = [[7], [3, 1], [4]], [[6, 2, 8], [5, 13, 9], [10, 2, 4]], (3, 2, 3), 13
+    params = toy.poison(toy.make_params(), poison)
+
+    def gradient(rows: list[int]) -> tuple[jax.Array, Any]:
+        given = rl.as_rollout([prompts[row] for row in rows], [answers[row] for row in rows], mask_id=toy.MASK,
+                              pad_id=toy.PAD)
+        states = rl.masked_states(given, jax.random.key(0), scheme="autoregressive", n=4)
+        ran = jnp.arange(4) < jnp.asarray([steps[row] for row in rows])[:, None]
+        states = states.replace(weights=states.weights * ran[..., None])
+
+        def total(params: Any) -> jax.Array:
+            return rl.score(toy.ToyDenoiser(), params, given, states, reduce="sequence", remat=remat).sum()
+
+        return jax.jit(jax.value_and_grad(total))(params)
+
+    together, apart = gradient([0, 1, 2]), [gradient([0, 2]), gradient([1])]
+    assert np.isfinite(together[0])
+    assert together[0] == pytest.approx(float(apart[0][0] + apart[1][0]), rel=1e-5)
+    for leaf, *others in zip(jax.tree.leaves(together[1]), *(jax.tree.leaves(part[1]) for part in apart), strict=True):
+        assert np.isfinite(leaf).all()
+        np.testing.assert_allclose(leaf, sum(others), atol=1e-4)
+
+
 def test_memory_is_one_state_and_no_logits() -> None:
     """Compiled for a vocabulary that dwarfs the rest: neither [B, T, V] nor n states' activations are held."""
     config = LladaMoeConfig(
@@ -201,6 +227,8 @@ def test_likelihoods_of_texts_and_edges(tiny_lm) -> None:
     assert (mean[1:] < 0).all()
     for change, message in (
         ({"targets": [[1]]}, "targets: got 1, as list, for 2 prompts"), ({"targets": "ab"}, "targets: got 1, as str"),
+        ({"targets": [[1], [3, MASK]]}, r"targets\[1\]: got the token 63, which the model cannot generate; allowed"),
+        ({"targets": [[1], [3] * 64]}, r"targets\[1\]: got 64 tokens, 65 with the prompt; allowed 64 in all"),
         ({"targets": [[1], ["x"]]}, r"targets\[1\]: got"), ({"targets": [[1], "x"]}, r"targets\[1\]: got text"),
         ({"n": 3}, "n: got 3; it must be even"), ({"scheme": "coupled"}, "scheme: got 'coupled'"),
         ({"micro_batch": 0}, "micro_batch: got 0"),

@@ -230,6 +230,12 @@ def test_wrong_arguments_are_named(cluster, lm, mesh):
     arguments = {"tokenizer": None, "mesh": mesh, "rollout_config": CONFIG, "lm": lm}
     with pytest.raises(ValueError, match="rollout_actor: got a LladaMoe; allowed a DiffusionPolicy"):
         adapter.DiffusionRollout(rollout_actor=cluster.actor_trainer.model.model, **arguments)
+    with pytest.raises(ValueError, match="filter_types: got LoRAParam; allowed Param"):
+        engine.update_params({}, (nnx.LoRAParam,))
+    policy = diffusion_policy(lm, completion_length=LENGTH, mesh=mesh)
+    policy.model.lora = nnx.LoRAParam(jnp.zeros(2))
+    with pytest.raises(ValueError, match="rollout_actor: got one with LoRA parameters"):
+        adapter.DiffusionRollout(rollout_actor=policy, **arguments)
     with pytest.raises(ValueError, match="weigh: got 'row'; allowed token, step"):
         adapter.TraceGRPOConfig(num_generations=2, weigh="row")
 
@@ -298,8 +304,25 @@ def test_old_log_probs_are_taken_at_the_states_that_are_trained(cluster):
     expected = jax.jit(rl.score)(graphdef, params, rollout, states)
     np.testing.assert_allclose(made.old_per_token_logps, expected, atol=1e-5)
     assert np.abs(made.old_per_token_logps - rollout.log_prob).max() > 1e-3
-    once = trace_learner(cluster, shrink=2, num_states=2)._generate_and_compute_advantage(inputs())
-    assert once.old_per_token_logps is None
+    once = trace_learner(cluster, shrink=2, num_states=2)
+    mini = cluster.cluster_config.training_config.mini_batch_size
+    once._full_batch_size = mini  # what `train` sets: one update a batch
+    assert once._generate_and_compute_advantage(inputs()).old_per_token_logps is None
+    once._full_batch_size = 2 * mini  # the second is of a policy that has moved since it sampled
+    made = once._generate_and_compute_advantage(inputs())
+    rollout, states = made.unpack()
+    expected = jax.jit(rl.score)(graphdef, params, rollout, states)
+    np.testing.assert_allclose(made.old_per_token_logps, expected, atol=1e-5)
+
+
+def test_the_first_batch_says_how_many_prompts_there_are(cluster, monkeypatch):
+    seen = []
+    monkeypatch.setattr(grpo_learner.GRPOLearner, "train", lambda self, *arguments: seen.append(arguments))
+    learner = trace_learner(cluster)
+    batches = [{"prompts": np.asarray(TEXTS)}, {"prompts": np.asarray(TEXTS[:1])}]
+    learner.train(batches)
+    assert learner._full_batch_size == len(TEXTS)
+    assert list(seen[0][0]) == batches
 
 
 def test_micro_batches_cut_examples_by_rows(example):

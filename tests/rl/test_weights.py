@@ -104,6 +104,19 @@ def test_arrays_in_place_are_shared_unless_copied(lm) -> None:
     assert not {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(copied)} & set(pointers)
 
 
+def test_numpy_arrays_are_never_shared() -> None:
+    """At an address that CPU devices could use in place: what the trainer writes next must not reach the model."""
+    room = np.zeros(1024 + 16, np.float32)
+    start = -room.ctypes.data % 64 // 4
+    mine = room[start : start + 1024]
+    mine[:] = 1.0
+    for current in (jnp.zeros(1024), jax.device_put(jnp.zeros(1024), jax.devices()[0])):
+        got = rl.accept({"a": current}, {"a": mine})["a"]
+        mine[:] = 2.0
+        np.testing.assert_array_equal(got, np.ones(1024))
+        mine[:] = 1.0
+
+
 class Adapted(nnx.Module):
     """A layer with an adapter, as Tunix's LoRA leaves it."""
 
