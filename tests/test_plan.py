@@ -250,8 +250,13 @@ def test_eight_gpus_sum_twice_a_layer_and_gather_nothing() -> None:
 def test_estimates_are_within_a_tenth_of_the_compilers(
     name: str, topology: str, mesh: str, batch: int, recipe: recipes.Recipe | None
 ) -> None:
-    """Few layers: the more of them, the less the estimated temporaries are of the whole."""
+    """Few layers: the more of them, the less the estimated temporaries are of the whole.
+
+    LLaDA2's first layer has no experts. With one more only, a program is mostly temporaries, which the estimate has to
+    a third (see `estimate_device_memory`), and the whole is more than a tenth off.
+    """
+    layers = 3 if name.startswith("llada2") else 2
     reason = missing_compiler(topology)
     if reason is not None:
         pytest.skip(reason)
-    compare(plan(shallow(PUBLISHED[name], 2), topology=topology, mesh=mesh, batch=batch, recipe=recipe))
+    compare(plan(shallow(PUBLISHED[name], layers), topology=topology, mesh=mesh, batch=batch, recipe=recipe))
