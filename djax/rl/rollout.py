@@ -301,12 +301,8 @@ def _temperature(propose: Propose) -> Array:
 
 
 def _forbidden(transform: Transform) -> Forbidden:
-    each = [part.forbidden() for part in _transforms(transform) if isinstance(part, ForbidTokens)]
-    limit = jnp.asarray(FORBID_NOTHING.limit)
-    for forbidden in each:
-        limit = jnp.minimum(limit, forbidden.limit)
-    return Forbidden(ids=jnp.concatenate([jnp.zeros(0, jnp.int32), *(forbidden.ids for forbidden in each)]),
-                     limit=limit)
+    dropping = Chain(tuple(part for part in _transforms(transform) if isinstance(part, ForbidTokens)))
+    return jax.tree.map(jnp.asarray, dropping.forbidden())
 
 
 def _name(part: Any) -> str:
