@@ -12,6 +12,11 @@ import pytest
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Programs compiled once serve the other worker, the processes that tests start, and the next run. XLA's own key holds
+# its version and flags; what the tests count are traces, which the cache leaves alone.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 MAPS = Path("/proc/self/maps")
 MAP_LIMIT = Path("/proc/sys/vm/max_map_count")

@@ -1,0 +1,127 @@
+"""Errors about arguments: one type whose parts can be read, and the checks that raise it.
+
+A check stands where the value lives: a part checks its numbers when it is made, a configuration its fields, a call
+its options. The command line shows the same error with the flag in place of the name.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import unicodedata
+from typing import Any
+
+import numpy as np
+
+_LONGEST_VALUE = 80
+
+
+class ArgumentError(ValueError):
+    """A wrong argument, in the four parts of every message: its name, what came, what is allowed, what to do.
+
+    `got` is a text that is shown as it is: `shown(value)` makes one of a value.
+    """
+
+    def __init__(self, name: str, got: object, *, allowed: str, advice: str = "") -> None:
+        self.name, self.got, self.allowed, self.advice = name, str(got), allowed, advice
+        super().__init__(f"{name}: got {got}; allowed {allowed}" + (f"; {advice}" if advice else ""))
+
+    def renamed(self, name: str) -> ArgumentError:
+        """The same error about an argument of another name, such as a flag's."""
+        return ArgumentError(name, self.got, allowed=self.allowed, advice=self.advice)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.name, self.got, self.allowed, self.advice)
+
+
+def _rebuild(name: str, got: str, allowed: str, advice: str) -> ArgumentError:
+    """An error that comes out of another process."""
+    return ArgumentError(name, got, allowed=allowed, advice=advice)
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, without control characters."""
+    return " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text).split())
+
+
+def shown(value: object) -> str:
+    """`repr(value)` on one line, shortened: the "got" of a message."""
+    text = one_line(repr(value))
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False, advice: str = "",
+) -> Any:
+    """`value`, if it is a finite number (or array of numbers) in [low, high] that float32 can hold.
+
+    Arrays of any library are taken, with one value or one per row; traced ones are not looked at.
+
+    Args:
+        name: the argument's name.
+        value: what came.
+        low: smallest value allowed.
+        high: largest value allowed; infinity still asks for a finite number.
+        above: `low` itself is not allowed.
+        advice: what to do, where there is more to say than the range.
+
+    Raises:
+        ArgumentError: another type, a number that is not finite in float32, or one outside the range.
+    """
+    array = _concrete(value)
+    if array is None:
+        return value
+    if array.dtype.kind in "fiu" or array.dtype.name in ("bfloat16", "float16"):
+        with np.errstate(over="ignore"):
+            numbers = np.asarray(array, np.float64)
+            finite = np.isfinite(numbers.astype(np.float32))
+        if (finite & ((numbers > low) if above else (numbers >= low)) & (numbers <= high)).all():
+            return value
+    span = [f"{'above' if above else 'at least'} {low:g}"] if low > -math.inf else []
+    span += [f"at most {high:g}"] if high < math.inf else []
+    raise ArgumentError(name, shown(value), allowed=" ".join(["a finite number", *" and ".join(span).split()]),
+                        advice=advice)
+
+
+def check_integer(
+    name: str, value: Any, low: int = 0, high: int = 2**31 - 1, *, advice: str = "",
+) -> Any:
+    """`value`, if it is an integer (or array of integers) in [low, high]; `True` and 2.0 are none.
+
+    Arrays of any library are taken, with one value or one per row; traced ones are not looked at.
+
+    Raises:
+        ArgumentError: another type, or an integer outside the range.
+    """
+    array = _concrete(value)
+    if array is None or (array.dtype.kind in "iu" and ((array >= low) & (array <= high)).all()):
+        return value
+    span = f"of at least {low}" if high == 2**31 - 1 else f"from {low} to {high}"
+    raise ArgumentError(name, shown(value), allowed=f"an integer {span}", advice=advice)
+
+
+def check_choice(name: str, value: Any, allowed: Any, *, advice: str = "pick one of them") -> Any:
+    """`value`, if it is among `allowed` (a collection of texts).
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if isinstance(value, str) and value in allowed:
+        return value
+    raise ArgumentError(name, shown(value), allowed=", ".join(allowed), advice=advice)
+
+
+def _concrete(value: Any) -> np.ndarray | None:
+    """The numbers of a value as an array of some dtype ("O" where it holds none); None of one that is traced."""
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return None
+    if jax is not None and isinstance(value, jax.Array):
+        # explicit, so that a caller's transfer guard does not forbid it; another process' part cannot be fetched
+        return jax.device_get(value) if value.is_fully_addressable else None
+    if isinstance(value, bool | str | bytes) or value is None:
+        return np.empty((), object)
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, OverflowError):
+        return np.empty((), object)
