@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         smoothing,
         stopping,
         strategies,
+        testing,
         transforms,
     )
     from djax.api import DiffusionLM, load
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from djax.denoise import denoise
     from djax.generation import Generation, StreamStep
     from djax.models.kernels import Kernels
-    from djax.state import Result, StopReason
+    from djax.state import Parts, Result, StopReason
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "DiffusionLM",
     "Generation",
     "Kernels",
+    "Parts",
     "Result",
     "StopReason",
     "StreamStep",
@@ -57,11 +59,12 @@ __all__ = [
     "smoothing",
     "stopping",
     "strategies",
+    "testing",
     "transforms",
 ]
 
 _HOME = {"Canvas": "canvas", "DiffusionLM": "api", "Generation": "generation",
-         "Kernels": "models.kernels", "Result": "state",
+         "Kernels": "models.kernels", "Parts": "state", "Result": "state",
          "StopReason": "state", "StreamStep": "generation", "denoise": "denoise", "load": "api"}
 
 

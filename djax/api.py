@@ -27,7 +27,7 @@ from djax.program import Program
 from djax.prompts import Prompt, shared_masked, shared_prompts
 from djax.recipes import Recipe
 from djax.sharding import Rules
-from djax.state import Parts
+from djax.state import Parts, stop_reasons
 from djax.text import Tokenizer, has_tokenizer
 from djax.types import Denoiser, Params
 from djax.weights import accept
@@ -99,6 +99,14 @@ class DiffusionLM:
         self.kernels = kernels
         self.program = Program(config, mesh=mesh, rules=rules, kernels=Kernels() if kernels is None else kernels)
         self.params = self.program.place_params(params)
+
+    def __repr__(self) -> str:
+        config, leaves = self.config, jax.tree.leaves(self.params)
+        size = sum(leaf.size for leaf in leaves)
+        where = "one device" if self.mesh is None else f"mesh {dict(self.mesh.shape)}"
+        words = "no tokenizer" if self.tokenizer is None else f"{self.tokenizer.size} tokens"
+        return (f"DiffusionLM({config.architecture}, {size:,} parameters, {config.dtype}, {config.num_layers} layers "
+                f"of {config.hidden_size}, {words}, {where})")
 
     @functools.cached_property
     def denoiser(self) -> ModelDenoiser:
@@ -292,7 +300,8 @@ class DiffusionLM:
         arguments = self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
         with with_peers(self.mesh):
             result = self.program.denoise(*arguments)
-            return to_generation(canvas, result, eos_ids=eos_ids, tokenizer=self.tokenizer)
+            return to_generation(canvas, result, eos_ids=eos_ids, tokenizer=self.tokenizer,
+                                 reasons=stop_reasons(parts.stop_rule))
 
     def update_params(self, params: Params, filter_types: Sequence[type[nnx.Variable[Any]]] | None = None) -> None:
         """Generate with new weights from the next call on; nothing is compiled for them.

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax.config import ModelConfig
-from djax.proposals import RefuseToken, Sample
-from djax.recipes import Recipe
+from djax.errors import ArgumentError
+from djax.proposals import Greedy, RefuseToken, Sample
 from djax.state import Parts
-from djax.stopping import Never, OnEos
+from djax.stopping import AnyOf, Never, OnEos
 from djax.transforms import Chain, ForbidTokens, MinP, TopK, TopP
 from djax.types import Propose, StopRule, Transform
 
@@ -28,7 +28,7 @@ class CallOptions:
         ValueError: an option outside its range.
     """
 
-    recipe: Recipe
+    recipe: Parts
     block_length: int
     temperature: float
     top_k: int | None
@@ -40,9 +40,9 @@ class CallOptions:
     stop_on_eos: bool
 
     def __post_init__(self) -> None:
-        if not isinstance(self.recipe, Recipe):
-            raise ValueError(f"recipe: got a {type(self.recipe).__name__}; allowed a djax.recipes.Recipe, "
-                             "such as djax.recipes.dinfer()")
+        if not isinstance(self.recipe, Parts):
+            raise ArgumentError("recipe", f"a {type(self.recipe).__name__}", allowed="djax.Parts",
+                                advice="such as djax.recipes.dinfer()")
         _in_range("block_length", self.block_length, 1, math.inf)
         _in_range("temperature", self.temperature, 0.0, math.inf)
         _in_range("top_k", self.top_k, 1, math.inf)
@@ -77,6 +77,9 @@ def make_parts(
 
     The mask id (unless the recipe refuses it instead), `forbidden` and the vocabulary's padding are dropped
     before anything else sees the logits. Every number becomes an array, so that a sweep compiles nothing.
+
+    Raises:
+        ArgumentError: a setting of the draw where the recipe has a proposal of its own.
     """
     recipe = options.recipe
     banned = [*forbidden] if recipe.mask_token == "refuse" else [mask_id, *forbidden]
@@ -88,12 +91,27 @@ def make_parts(
     if options.min_p is not None:
         chain.append(MinP(float(options.min_p), float(options.temperature)))
     propose: Propose = Sample(float(options.temperature))
+    if recipe.propose != Greedy():
+        propose = _own_proposal(options)
     if recipe.mask_token == "refuse":
         propose = RefuseToken(propose, mask_id)
-    stop_rule: StopRule = OnEos(jnp.asarray(eos_ids, jnp.int32)) if options.stop_on_eos else Never()
+    rules = ([] if recipe.stop_rule == Never() else [recipe.stop_rule]) + (
+        [OnEos(jnp.asarray(eos_ids, jnp.int32))] if options.stop_on_eos else [])
+    stop_rule: StopRule = Never() if not rules else rules[0] if len(rules) == 1 else AnyOf(tuple(rules))
     parts = Parts(strategy=recipe.strategy, cache_policy=recipe.cache_policy, transform=Chain(tuple(chain)),
                   propose=propose, smoothing=recipe.smoothing, stop_rule=stop_rule)
     return jax.tree.map(_as_array, parts)
+
+
+def _own_proposal(options: CallOptions) -> Propose:
+    """The recipe's proposal, which settings of the call would not reach."""
+    recipe = options.recipe
+    for name, unused in (("temperature", 0.0), ("top_k", None), ("top_p", None), ("min_p", None)):
+        if getattr(options, name) != unused:
+            raise ArgumentError(
+                name, f"{getattr(options, name)!r} with a recipe that draws by {type(recipe.propose).__name__}",
+                allowed=f"{unused!r} there", advice="give the number to that part, or leave the recipe's propose out")
+    return recipe.propose
 
 
 def _as_array(leaf: Any) -> Any:

@@ -10,13 +10,26 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from djax import struct
 from djax.canvas import Canvas
-from djax.state import Progress, Result, StopReason
+from djax.state import Progress, Result
 from djax.text import TextStream, Tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class Generation:
+class _Compared:
+    """Equality field by field, arrays by their numbers: dataclasses' own raises for arrays."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        ours, theirs = (jax.tree.flatten(vars(value)) for value in (self, other))
+        return ours[1] == theirs[1] and all(map(struct.same_arrays, ours[0], theirs[0]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generation(_Compared):
     """A batch of completions. Everything is on the host."""
 
     text: list[str] | None
@@ -40,7 +53,7 @@ class Generation:
     refreshes: Int[np.ndarray, "B"]
     """How many steps recomputed the whole canvas."""
     stop_reason: list[str]
-    """"length", "eos", "nan" or "max_steps" per row."""
+    """"length", "eos", "nan" or "max_steps" per row, or a reason of the recipe's own stop rule."""
     commit_step: Int[np.ndarray, "B T"]
     """The row's step (from 0) that committed each position; -1 for pinned, filled and masked ones."""
     log_prob: Float[np.ndarray, "B T"]
@@ -52,8 +65,8 @@ class Generation:
         return np.divide(self.lengths, self.nfe, out=np.zeros(len(self.nfe)), where=self.nfe > 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class StreamStep:
+@dataclasses.dataclass(frozen=True, eq=False)
+class StreamStep(_Compared):
     """What a stream yields: where the canvas stands, and what became final since the last step."""
 
     tokens: Int[np.ndarray, "B T"]
@@ -70,6 +83,8 @@ class StreamStep:
     """Text of `committed`, never half a character; None without a tokenizer."""
     draft: list[Int[np.ndarray, "n"]]
     """Each row's open region as it stands after its final tokens, the mask id where it is masked."""
+    draft_text: list[str] | None
+    """Text of `draft` without its masked positions; None without a tokenizer."""
     block: int
     """Block that the last step worked on."""
     nfe: Int[np.ndarray, "B"]
@@ -100,9 +115,12 @@ def completion(
 
 
 def to_generation(
-    canvas: Canvas, result: Result, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None
+    canvas: Canvas, result: Result, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None, reasons: Sequence[str],
 ) -> Generation:
-    """Fetch a result to the host and cut the completions out of it."""
+    """Fetch a result to the host and cut the completions out of it.
+
+    `reasons` names the numbers in `result.stop_reason` (`djax.state.stop_reasons`).
+    """
     got, is_open = jax.device_get((result, canvas.is_masked))
     # on a mesh there may be rows behind the canvas' own
     got = jax.tree.map(lambda array: array[:canvas.batch], got)
@@ -112,7 +130,7 @@ def to_generation(
         tokens=tokens, canvas=got.tokens, canvas_mask=got.valid, is_open=is_open, is_masked=got.is_masked,
         lengths=np.asarray([len(row) for row in tokens], np.int32), nfe=got.nfe, steps=got.steps,
         refreshes=got.refreshes,
-        stop_reason=[StopReason(reason).name.lower() for reason in got.stop_reason],
+        stop_reason=[reasons[reason] for reason in got.stop_reason],
         commit_step=got.commit_step, log_prob=got.log_prob)
 
 
@@ -120,7 +138,7 @@ class StreamReader:
     """Turns the loop's states into `StreamStep`s: remembers what each row has already handed out."""
 
     def __init__(self, canvas: Canvas, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None) -> None:
-        self._canvas, self._eos_ids = canvas, eos_ids
+        self._canvas, self._eos_ids, self._tokenizer = canvas, eos_ids, tokenizer
         self._is_open, self._valid = jax.device_get((canvas.is_masked, canvas.valid))
         self._given = [0] * canvas.batch
         self._text: list[TextStream] | None = (
@@ -138,10 +156,15 @@ class StreamReader:
             text = [stream.push(_without_eos(row, self._eos_ids)) + (stream.finish() if last else "")
                     for stream, row in zip(self._text, committed, strict=True)]
         first = int(self._is_open.any(0).argmax())
+        ahead = [self._is_open[row] & (np.cumsum(self._is_open[row]) > self._given[row])
+                 for row in range(self._canvas.batch)]
+        drafts = None if self._tokenizer is None else [
+            self._tokenizer.decode(_without_eos(tokens[row][here & ~is_masked[row]], self._eos_ids))
+            for row, here in enumerate(ahead)]
         return StreamStep(
             tokens=tokens, is_masked=is_masked, valid=self._valid, is_open=self._is_open,
             generated=slice(first, self._canvas.length), committed=committed, text=text,
-            draft=[tokens[row][self._is_open[row]][self._given[row]:] for row in range(self._canvas.batch)],
+            draft=[tokens[row][here] for row, here in enumerate(ahead)], draft_text=drafts,
             block=int(got.block), nfe=nfe, done=done)
 
     def _final(self, row: int, tokens: np.ndarray, is_masked: np.ndarray, done: bool) -> Int[np.ndarray, "n"]:

@@ -11,30 +11,20 @@ from typing import Literal
 
 from jaxtyping import Array, Float, Int
 
-from djax import struct
 from djax.cache_policies import BlockCausal, Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
 from djax.config import ModelConfig
 from djax.schedules import Linear
 from djax.smoothing import HardTokens, SoftTokens
 from djax.state import Parts
 from djax.strategies import Factor, Hierarchical, Quota, Threshold
-from djax.transforms import Credit, Identity
-from djax.types import CachePolicy, Smoothing, Strategy, Transform
+from djax.transforms import Credit
+from djax.types import CachePolicy, Smoothing
 
 Number = float | Float[Array, ""]
 
 
-@struct.dataclass
-class Recipe:
-    """The axes of the loop that a published decoder fixes."""
-
-    strategy: Strategy
-    cache_policy: CachePolicy = NoCache()
-    transform: Transform = Identity()
-    smoothing: Smoothing = HardTokens()
-    mask_token: Literal["forbid", "refuse"] = struct.field(pytree_node=False, default="forbid")
-    """"forbid" drops the mask id before the argmax; "refuse" lets it win and then commits nothing there,
-    as dInfer's code does (a block whose remaining positions all predict it ends with "max_steps")."""
+Recipe = Parts
+"""A recipe is a choice of parts, some of them left at their defaults."""
 
 
 def llada(*, steps_per_block: int | Int[Array, ""] | None = None) -> Recipe:
@@ -143,7 +133,7 @@ def default_for(config: ModelConfig, *, gaps: bool = False) -> Recipe:
     return dinfer() if config.block_length is None else llada2(cache=not gaps)
 
 
-def check_blocks(recipe: Recipe | Parts, config: ModelConfig, *, block_length: int, gaps: bool = False) -> None:
+def check_blocks(recipe: Recipe, config: ModelConfig, *, block_length: int, gaps: bool = False) -> None:
     """Refuse a recipe whose cache is exact for other models, block lengths or canvases only.
 
     Args:

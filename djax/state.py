@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from djax import struct
 from djax.cache_policies import NoCache
+from djax.errors import check_choice
+from djax.part_shapes import AXES, check_shapes
 from djax.proposals import Greedy
 from djax.smoothing import HardTokens
 from djax.stopping import Never
@@ -31,23 +33,43 @@ class StopReason(enum.IntEnum):
     LENGTH = 0
     """Every open position was decoded."""
     EOS = 1
-    """The stop rule fired."""
+    """A finished block holds a token that ends a sequence."""
     NAN = 2
     """The model's logits held a NaN; what was committed before stays."""
     MAX_STEPS = 3
     """A block was not finished within the strategy's bound; its masked positions stay masked."""
 
 
+def stop_reasons(rule: StopRule) -> tuple[str, ...]:
+    """Names of the numbers in `Result.stop_reason`: those of `StopReason`, then the rule's own other than "eos"."""
+    known = tuple(reason.name.lower() for reason in StopReason)
+    return known + tuple(reason for reason in rule.reasons if reason not in known)
+
+
 @struct.dataclass
 class Parts:
-    """One choice per axis of the loop."""
+    """One choice per axis of the loop. A recipe is the same: the choices that a published decoder makes.
+
+    Raises:
+        ArgumentError: a part does not give the shapes and dtypes of its axis' protocol in `djax.types`.
+    """
 
     strategy: Strategy
     cache_policy: CachePolicy = NoCache()
     transform: Transform = Identity()
     propose: Propose = Greedy()
+    """In a recipe `Greedy()` leaves the draw to the call's temperature and filters."""
     smoothing: Smoothing = HardTokens()
     stop_rule: StopRule = Never()
+    """In a recipe it stops rows besides the call's EOS ids."""
+    mask_token: Literal["forbid", "refuse"] = struct.field(pytree_node=False, default="forbid")
+    """How a call deals with the mask id: "forbid" drops it before the argmax; "refuse" lets it win and then commits
+    nothing there, as dInfer's code does (a block whose remaining positions all predict it ends with "max_steps")."""
+
+    def __post_init__(self) -> None:
+        check_choice("mask_token", self.mask_token, ("forbid", "refuse"))
+        for axis in AXES:
+            check_shapes(axis, getattr(self, axis))
 
 
 @struct.dataclass
@@ -99,7 +121,7 @@ class Result:
     refreshes: Int[Array, "B"]
     """How many of the steps recomputed the whole canvas."""
     stop_reason: Int[Array, "B"]
-    """A `StopReason` per row."""
+    """A `StopReason` per row, or from 4 on one of the stop rule's own (`stop_reasons`)."""
 
 
 class Progress(NamedTuple):

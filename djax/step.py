@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from djax.canvas import Canvas
-from djax.state import DenoiseState, Parts, StopReason
+from djax.state import DenoiseState, Parts, StopReason, stop_reasons
 from djax.types import (
     Cache,
     Candidates,
@@ -248,10 +248,14 @@ def _stop(
 ) -> DenoiseState:
     """End rows whose finished block asks for it, and rows whose block ran out of steps."""
     masked = _columns(state.is_masked, info.block_start, canvas.block_length).any(-1)
-    ended = working & ~masked & parts.stop_rule.step(state.tokens, canvas.is_masked, state.is_masked, info)
+    names, rule = stop_reasons(parts.stop_rule), parts.stop_rule
+    why = jnp.asarray(rule.step(state.tokens, canvas.is_masked, state.is_masked, info), jnp.int32)
+    ended = working & ~masked & (why > 0)
+    # a rule counts its own reasons from 1
+    reasons = jnp.asarray([StopReason.LENGTH, *map(names.index, rule.reasons)], jnp.int32)[why]
     stuck = working & masked & (state.step_in_block >= parts.strategy.max_steps(canvas.block_length))
-    reason = jnp.where(stuck, StopReason.MAX_STEPS, jnp.where(ended, StopReason.EOS, state.stop_reason))
-    tokens, is_masked, fill = state.tokens, state.is_masked, parts.stop_rule.fill()
+    reason = jnp.where(stuck, StopReason.MAX_STEPS, jnp.where(ended, reasons, state.stop_reason))
+    tokens, is_masked, fill = state.tokens, state.is_masked, rule.fill()
     if fill is not None:
         rest = ended[:, None] & is_masked
         tokens, is_masked = jnp.where(rest, fill, tokens), is_masked & ~rest

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from djax import struct
-from djax.types import StepInfo
+from djax.types import StepInfo, StopRule
 
 
 @struct.dataclass
 class Never:
     """Decodes every block."""
+
+    reasons: ClassVar[tuple[str, ...]] = ()
 
     def step(
         self, tokens: Int[Array, "B T"], is_open: Bool[Array, "B T"], is_masked: Bool[Array, "B T"], info: StepInfo
@@ -36,6 +40,7 @@ class OnEos:
     """
 
     eos_ids: Int[Array, "n"]
+    reasons: ClassVar[tuple[str, ...]] = ("eos",)
 
     def step(
         self, tokens: Int[Array, "B T"], is_open: Bool[Array, "B T"], is_masked: Bool[Array, "B T"], info: StepInfo
@@ -50,3 +55,37 @@ class OnEos:
     def fill(self) -> Int[Array, ""] | None:
         """The first EOS id."""
         return jnp.atleast_1d(jnp.asarray(self.eos_ids, jnp.int32))[0]
+
+
+@struct.dataclass
+class AnyOf:
+    """Several rules: a row stops with the first of them that says so, for that one's reason."""
+
+    rules: tuple[StopRule, ...]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Every rule's reasons, one after the other's."""
+        return tuple(reason for rule in self.rules for reason in rule.reasons)
+
+    def step(
+        self, tokens: Int[Array, "B T"], is_open: Bool[Array, "B T"], is_masked: Bool[Array, "B T"], info: StepInfo
+    ) -> Int[Array, "B"]:
+        """Which of the reasons, from 1; 0 for rows that go on."""
+        why, before = jnp.zeros(tokens.shape[0], jnp.int32), 0
+        for rule in self.rules:
+            own = jnp.asarray(rule.step(tokens, is_open, is_masked, info), jnp.int32)
+            why = jnp.where((why == 0) & (own > 0), own + before, why)
+            before += len(rule.reasons)
+        return why
+
+    def ends(self, tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+        """Tokens that end a sequence for any of the rules."""
+        found = jnp.zeros(tokens.shape, bool)
+        for rule in self.rules:
+            found |= rule.ends(tokens)
+        return found
+
+    def fill(self) -> Int[Array, ""] | None:
+        """The token of the first rule that has one."""
+        return next((token for rule in self.rules if (token := rule.fill()) is not None), None)

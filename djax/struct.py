@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 
 T = TypeVar("T")
 
@@ -23,7 +24,8 @@ def field(*, pytree_node: bool = True, **options: Any) -> Any:
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def dataclass(cls: type[T]) -> type[T]:
     """A frozen dataclass, registered as a pytree: fields are leaves unless declared static."""
-    frozen = dataclasses.dataclass(frozen=True)(cls)
+    # dataclasses' own == asks for the truth of arrays' comparisons, which raises
+    frozen = dataclasses.dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(frozen)  # type: ignore[arg-type]
     leaves = tuple(f.name for f in fields if f.metadata.get("pytree_node", True))
     static = tuple(f.name for f in fields if not f.metadata.get("pytree_node", True))
@@ -42,5 +44,26 @@ def dataclass(cls: type[T]) -> type[T]:
         return part
 
     frozen.replace = dataclasses.replace  # type: ignore[attr-defined]
+    frozen.__eq__ = _equal  # type: ignore[method-assign,assignment]
+    frozen.__hash__ = lambda part: hash(jax.tree.structure(part))  # type: ignore[method-assign,assignment]
     jax.tree_util.register_pytree_with_keys(frozen, flatten_with_keys, unflatten, flatten)
     return frozen
+
+
+def same_arrays(left: Any, right: Any) -> bool:
+    """Whether two leaves hold the same numbers in the same shape; NaN equals NaN."""
+    if left is right:
+        return True
+    kinds = [getattr(leaf, "dtype", None) for leaf in (left, right)]
+    if any(kind is not None and jax.dtypes.issubdtype(kind, jax.dtypes.prng_key) for kind in kinds):
+        return kinds[0] == kinds[1] and same_arrays(jax.random.key_data(left), jax.random.key_data(right))
+    first, second = np.asarray(left), np.asarray(right)
+    return first.shape == second.shape and bool(
+        ((first == second) | ((first != first) & (second != second))).all())
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if type(left) is not type(right):
+        return False
+    (ours, structure), (theirs, other) = jax.tree.flatten(left), jax.tree.flatten(right)
+    return structure == other and all(map(same_arrays, ours, theirs))

@@ -353,10 +353,18 @@ class Smoothing(Protocol):
 class StopRule(Protocol):
     """Which rows are finished, asked of every row that has just completed its block."""
 
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it stops rows, in the words of `Generation.stop_reason`; "eos" for a token that ends a sequence."""
+        ...
+
     def step(
         self, tokens: Int[Array, "B T"], is_open: Bool[Array, "B T"], is_masked: Bool[Array, "B T"], info: StepInfo
-    ) -> Bool[Array, "B"]:
-        """True for rows to stop; `is_open` marks generated positions, pinned ones do not count."""
+    ) -> Bool[Array, "B"] | Int[Array, "B"]:
+        """True for rows to stop, or k to stop for the k-th of several reasons (from 1); 0 and False go on.
+
+        `is_open` marks generated positions, pinned ones do not count.
+        """
         ...
 
     def ends(self, tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:

@@ -19,7 +19,7 @@ from djax.prompts import Prompt, check_ids, encode_prompts
 from djax.proposals import Greedy, RefuseToken, Sample
 from djax.recipes import Recipe
 from djax.rl.types import PER_ROW, Rollout
-from djax.state import Parts, Result, StopReason
+from djax.state import Parts, Result, StopReason, stop_reasons
 from djax.transforms import Chain, ForbidTokens, Identity
 from djax.types import FORBID_NOTHING, Forbidden, Propose, Transform
 
@@ -250,7 +250,7 @@ def _of_generation(canvas: Canvas, generation: Generation, parts: Parts, *, guid
     got = jax.tree.map(jnp.asarray, {
         field.name: getattr(generation, field.name) for field in dataclasses.fields(Generation)
         if field.name not in ("text", "tokens", "stop_reason")})
-    reasons = [int(StopReason[reason.upper()]) for reason in generation.stop_reason]
+    reasons = [stop_reasons(parts.stop_rule).index(reason) for reason in generation.stop_reason]
     result = Result(
         tokens=got["canvas"], is_masked=got["is_masked"], valid=got["canvas_mask"], commit_step=got["commit_step"],
         log_prob=got["log_prob"], lengths=got["lengths"], nfe=got["nfe"], steps=got["steps"],

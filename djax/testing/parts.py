@@ -1,0 +1,146 @@
+"""The contract that all parts share, as one call: for tests of parts that live outside of djax."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djax.errors import ArgumentError
+from djax.part_shapes import AXES, PROTOCOLS, check_shapes
+from djax.struct import same_arrays
+from djax.types import Candidates, StepInfo
+
+_BATCH, _LENGTH, _VOCAB, _CANVAS, _WIDTH = 3, 8, 12, 40, 5
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def check_part(part: Any, axis: str | None = None) -> None:
+    """Check a part against its protocol: its shapes, and that it is pure, jittable, swept for free and row by row.
+
+    Args:
+        part: an instance, of your own or one of djax.
+        axis: "strategy", "cache_policy", "transform", "propose", "smoothing" or "stop_rule"; None is told by the
+            part's methods.
+
+    Raises:
+        ArgumentError: named after the axis; says what is broken and how a part does it.
+    """
+    axis = axis_of(part) if axis is None else axis
+    if axis not in AXES:
+        raise ArgumentError("axis", repr(axis), allowed=", ".join(AXES), advice="pick one of them")
+    _check_pytree(axis, part)
+    check_shapes(axis, part)
+    function, given = _call(axis, part, seed=0)
+    jitted = jax.jit(function)
+    whole = jitted(part, *given)
+    if not _equal(whole, jax.jit(lambda *arguments: function(*arguments))(part, *given)):  # traced once more
+        _fail(axis, part, "which gives something else when it is traced again",
+              "state in, state out: no global or mutable state; randomness from `keys` only")
+    jitted(jax.tree.map(_varied, part), *_call(axis, part, seed=1)[1])
+    if jitted._cache_size() > 1:
+        _fail(axis, part, "which compiles anew for other numbers", "keep numbers in fields that are leaves")
+    if axis != "cache_policy":
+        _check_rows(axis, part, function, given, whole)
+
+
+def axis_of(part: Any) -> str:
+    """The axis that a part's methods are of.
+
+    Raises:
+        ArgumentError: they are of none.
+    """
+    for axis, method in (("strategy", "max_steps"), ("cache_policy", "window_length"), ("smoothing", "soft"),
+                         ("stop_rule", "ends"), ("transform", "init"), ("propose", "step")):
+        if hasattr(part, method):
+            return axis
+    raise ArgumentError("part", f"a {type(part).__name__}", allowed="an instance of a part",
+                        advice=f"see the protocols in djax.types: {', '.join(PROTOCOLS.values())}")
+
+
+def _fail(axis: str, part: Any, what: str, advice: str) -> None:
+    raise ArgumentError(axis, f"{type(part).__name__}, {what}", allowed=f"what djax.types.{PROTOCOLS[axis]} says",
+                        advice=advice)
+
+
+def _check_pytree(axis: str, part: Any) -> None:
+    is_leaf = any(leaf is part for leaf in jax.tree.leaves(part))
+    if not dataclasses.is_dataclass(part) or isinstance(part, type) or is_leaf:
+        _fail(axis, part, "which is no pytree of its fields", "decorate its class with djax.struct.dataclass")
+    for field in dataclasses.fields(part):  # type: ignore[arg-type]
+        try:
+            setattr(part, field.name, getattr(part, field.name))
+        except dataclasses.FrozenInstanceError:
+            continue
+        _fail(axis, part, "which is not frozen", "decorate its class with djax.struct.dataclass")
+
+
+def _check_rows(axis: str, part: Any, function: Callable[..., Any], given: tuple[Any, ...], whole: Any) -> None:
+    if any(jnp.ndim(leaf) for leaf in jax.tree.leaves(part)) and axis != "stop_rule":
+        return  # a number for each row, or a list of ids: which of them, only the part knows
+    one_row = jax.jit(function)
+    for row in range(_BATCH):
+        cut = lambda array, row=row: array[row:row + 1] if jnp.ndim(array) else array  # noqa: E731
+        if not _equal(one_row(part, *jax.tree.map(cut, given)), jax.tree.map(cut, whole), exact=False):
+            _fail(axis, part, f"in which row {row} depends on the rows beside it",
+                  "reduce over the last axes only, never over the rows")
+
+
+def _call(axis: str, part: Any, *, seed: int) -> Call:
+    """A function of the part and arguments that runs it from a fresh state, and arguments for it."""
+    rng = np.random.default_rng(seed)
+    block = (_BATCH, _LENGTH)
+    mask = rng.random(block) < 0.6
+    mask[:, seed % _LENGTH] = True
+    keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), _BATCH)
+    # rows of different certainty, so that a part that mixes them decides otherwise
+    spread = np.array([0.3, 0.6, 1.0])[:, None]
+    logits = jnp.asarray(rng.normal(size=(*block, _VOCAB)) * 5 * spread[..., None], jnp.float32)
+    if axis == "transform":
+        def transform(part: Any, logits: Any, mask: Any) -> Any:
+            logits, state = part.step(logits, mask, part.init(logits.shape[0], _LENGTH))
+            return part.step(logits * 0.9, mask, state)
+
+        return transform, (logits, jnp.asarray(mask))
+    if axis == "propose":
+        tokens = jnp.asarray(rng.integers(0, _VOCAB, block), jnp.int32)
+        return (lambda part, *rest: part.step(*rest)), (keys, logits, tokens)
+    info = StepInfo(step=jnp.asarray(rng.integers(3, 30, _BATCH), jnp.int32), step_in_block=jnp.int32(2),
+                    block=jnp.int32(1), block_start=jnp.int32(16), is_open=jnp.ones(block, bool))
+    if axis == "strategy":
+        def strategy(part: Any, keys: Any, candidates: Any, mask: Any, info: Any) -> Any:
+            decision, state = part.step(keys, candidates, mask, info, part.init(mask.shape[0], _LENGTH))
+            return decision, part.step(keys, candidates, mask & ~decision.commit, info, state)
+
+        confidence = jnp.asarray(rng.random(block) * spread, jnp.float32)
+        candidates = Candidates(
+            token=jnp.asarray(rng.integers(0, _VOCAB, block), jnp.int32), confidence=confidence,
+            log_prob=jnp.log(confidence), current=jnp.asarray(rng.random(block), jnp.float32))
+        return strategy, (keys, candidates, jnp.asarray(mask), info)
+    if axis == "cache_policy":
+        return (lambda part, info: part.plan(info, _CANVAS, _LENGTH)), (info,)
+    if axis == "smoothing":
+        inputs = [jnp.asarray(rng.normal(size=(*block, _WIDTH)), jnp.float32) for _ in range(2)]
+        return (lambda part, *rest: part.step(*rest)), (*inputs, jnp.asarray(mask), info)
+    tokens = jnp.asarray(rng.integers(0, 8, (_BATCH, _CANVAS)), jnp.int32)
+    is_open = jnp.asarray(rng.random((_BATCH, _CANVAS)) < 0.5)
+    is_masked = is_open & jnp.asarray(rng.random((_BATCH, _CANVAS)) < 0.3)
+    return (lambda part, *rest: (part.step(*rest), part.ends(rest[0]), part.fill())), (tokens, is_open, is_masked, info)
+
+
+def _varied(leaf: Any) -> Any:
+    """Another number of the same type: near, so that it stays in any range that the part checks."""
+    kind = jnp.result_type(leaf)
+    return leaf * 0.9 if jnp.issubdtype(kind, jnp.floating) else leaf + 1 if jnp.issubdtype(kind, jnp.integer) else leaf
+
+
+def _equal(left: Any, right: Any, *, exact: bool = True) -> bool:
+    (ours, structure), (theirs, other) = jax.tree.flatten(left), jax.tree.flatten(right)
+    return structure == other and all(
+        same_arrays(a, b) if exact or not jnp.issubdtype(a.dtype, jnp.floating)
+        else np.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+        for a, b in zip(ours, theirs, strict=True))
