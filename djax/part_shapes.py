@@ -6,6 +6,7 @@ alone on a small block, when a choice of parts is made.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -47,12 +48,13 @@ def check_shapes(axis: str, part: Any) -> None:
             raise ArgumentError(axis, f"{name} with a field that holds a {type(leaf).__name__}",
                                 allowed="numbers, arrays and parts; static fields for anything else",
                                 advice="declare that field with djax.struct.field(pytree_node=False)")
-    try:
-        problem = _problem(axis, structure, tuple(map(_kind, leaves)))
-    except TypeError as error:
-        raise ArgumentError(axis, f"{name} with a static field that cannot be hashed ({error})",
-                            allowed="texts, numbers and tuples in static fields",
-                            advice="jit looks programs up by them") from error
+    for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+        value = getattr(part, field.name)
+        if not field.metadata.get("pytree_node", True) and not _is_hashable(value):
+            raise ArgumentError(axis, f"{name} with a {type(value).__name__}, which cannot be hashed, in its static "
+                                f"field {field.name}", allowed="texts, numbers and tuples in static fields",
+                                advice="jit looks programs up by them")
+    problem = _problem(axis, structure, tuple(map(_kind, leaves)))
     if problem is not None:
         raise ArgumentError(axis, f"{name}, {problem}", allowed=f"what djax.types.{PROTOCOLS[axis]} says",
                             advice=f"djax.testing.check_part({name}(...)) tells more")
@@ -214,6 +216,14 @@ def _changed(before: Any, after: Any) -> str | None:
             return (f"whose step gives a state of shape {list(new.shape)} and dtype {new.dtype} where init gave "
                     f"{list(old.shape)} and {old.dtype}")
     return None
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_number(leaf: Any) -> bool:
