@@ -164,7 +164,8 @@ def _stop_rule(part: Any, batch: int) -> str | None:
     ends = _traced(lambda part, tokens: part.ends(tokens), part, tokens)
     fill = _traced(lambda part: part.fill(), part)
     return (_differs("step", given, (batch,), given.dtype.name) or _differs("ends", ends, canvas, "bool")
-            or (None if fill is None else _differs("fill", fill, (), "int32")))
+            or (None if fill is None or getattr(fill, "shape", None) == (len(reasons),)
+                else _differs("fill", fill, (), "int32")))
 
 
 _CHECKS: dict[str, Callable[[Any, int], str | None]] = {

@@ -27,6 +27,7 @@ from djax.canvas import Canvas
 from djax.config import ModelConfig
 from djax.denoise import advance, begin, denoise, unfinished
 from djax.models import Kernels, ModelDenoiser, Parallel, abstract_params, build, logical_axes, parallel_on
+from djax.part_shapes import AXES
 from djax.sharding import Rules, check_rules, mesh_axes, rules_for, shardings
 from djax.state import DenoiseState, Parts, Progress, Result
 from djax.types import Denoiser, Params
@@ -195,7 +196,7 @@ class Program:
         def run(
             denoiser: Denoiser, params: Params, canvas: Canvas, key: Array, parts: Parts, rows: Array
         ) -> Result:
-            axes = {field.name: getattr(parts, field.name) for field in dataclasses.fields(parts)}
+            axes = {axis: getattr(parts, axis) for axis in AXES}
             return self._whole(denoise(denoiser, params, self._own(canvas), key, row_ids=rows, **axes))
 
         specs = self._argument_specs(denoiser, params, canvas)

@@ -257,8 +257,9 @@ def _stop(
     reason = jnp.where(stuck, StopReason.MAX_STEPS, jnp.where(ended, reasons, state.stop_reason))
     tokens, is_masked, fill = state.tokens, state.is_masked, rule.fill()
     if fill is not None:
-        rest = ended[:, None] & is_masked
-        tokens, is_masked = jnp.where(rest, fill, tokens), is_masked & ~rest
+        each = jnp.concatenate([jnp.full(1, -1, jnp.int32), jnp.broadcast_to(fill, len(rule.reasons))])[why][:, None]
+        rest = ended[:, None] & is_masked & (each >= 0)
+        tokens, is_masked = jnp.where(rest, each, tokens), is_masked & ~rest
     return dataclasses.replace(
         state, tokens=tokens, is_masked=is_masked, done=state.done | ended | stuck, stop_reason=reason)
 

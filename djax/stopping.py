@@ -86,6 +86,8 @@ class AnyOf:
             found |= rule.ends(tokens)
         return found
 
-    def fill(self) -> Int[Array, ""] | None:
-        """The token of the first rule that has one."""
-        return next((token for rule in self.rules if (token := rule.fill()) is not None), None)
+    def fill(self) -> Int[Array, "reasons"] | None:
+        """Each rule's token for its own reasons; -1 for those of a rule without one."""
+        tokens = [jnp.broadcast_to(jnp.asarray(-1 if rule.fill() is None else rule.fill(), jnp.int32),
+                                   len(rule.reasons)) for rule in self.rules]
+        return jnp.concatenate(tokens) if self.reasons else None

@@ -371,8 +371,11 @@ class StopRule(Protocol):
         """Tokens that end a sequence: a row's length counts up to the first generated one."""
         ...
 
-    def fill(self) -> Int[Array, ""] | None:
-        """Token that fills a stopped row's remaining masked positions, or None to leave them masked."""
+    def fill(self) -> Int[Array, ""] | Int[Array, "reasons"] | None:
+        """Token that fills a stopped row's remaining masked positions, or one for each of the reasons.
+
+        None, and -1 for a reason, leave them masked.
+        """
         ...
 
 

@@ -14,6 +14,7 @@ import djax
 from djax import cache_policies, proposals, recipes, rl, smoothing, stopping, strategies, transforms
 from djax.canvas import Canvas
 from djax.denoise import denoise
+from djax.part_shapes import AXES
 from djax.state import Parts, StopReason
 from tests import toy
 from tests.models.golden_llada2 import GOLDENS
@@ -51,7 +52,7 @@ score = jax.jit(rl.score, static_argnames=("reduce", "vocab_chunk", "remat"))
 
 @jax.jit
 def decode(params: Any, canvas: Canvas, key: jax.Array, parts: Parts) -> rl.Rollout:
-    axes = {field.name: getattr(parts, field.name) for field in dataclasses.fields(parts)}
+    axes = {axis: getattr(parts, axis) for axis in AXES}
     return rl.record(canvas, denoise(toy.ToyDenoiser(), params, canvas, key, **axes), parts=parts)
 
 
