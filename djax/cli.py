@@ -15,7 +15,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+from djax.cli_cache import COMPILE_CACHE_HELP, use_compile_cache
 from djax.cli_errors import OneLineGroup, WrongInput, shown
 from djax.cli_mesh import Place, place
 from djax.cli_options import (
@@ -43,7 +45,10 @@ app = typer.Typer(
     cls=OneLineGroup, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Masked-diffusion language models in JAX.", context_settings={"help_option_names": ["-h", "--help"]})
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object per prompt on standard output.")]
+Json = Annotated[bool, typer.Option(
+    "--json", help="One JSON object per prompt on standard output: text, tokens, counts, stop reason.")]
+JsonFull = Annotated[bool, typer.Option(
+    "--json-full", help="The same with the whole canvas, and step and log-probability of each token.")]
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint directory or hub id.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -84,6 +89,7 @@ def generate(
         "of lists.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take PROMPT as it is, without the chat template.")] = False,
     json: Json = False,
+    json_full: JsonFull = False,
     live: Annotated[bool | None, typer.Option(
         "--live/--no-live", help="Show the canvas while it is denoised; on by default on a terminal.")] = None,
     length: LengthFlags, sampling: SamplingFlags, flags: RecipeFlags, model: ModelFlags,
@@ -92,7 +98,7 @@ def generate(
 
     A plain text goes through the chat template as one user message, unless --raw is given.
     """
-    live = _wants_live(live, json=json, distributed=model.distributed is not None)
+    live = _wants_live(live, json=json or json_full, distributed=model.distributed is not None)
     _check_sampling(sampling)
     _at_least("--max-new-tokens", length.max_new_tokens, 1)
     from djax.cli_input import read_prompts
@@ -111,8 +117,8 @@ def generate(
         generation = lm.generate(prompts, **arguments)
     if not where.first:
         return
-    if json:
-        print_json(generation)
+    if json or json_full:
+        print_json(generation, full=json_full)
     else:
         print_texts(generation.text, generation.tokens)
 
@@ -128,6 +134,7 @@ def infill(
         "--token-ids", metavar="FILE", help="JSON file (- is standard input) with token ids, null where one is to "
         "be filled in.")] = None,
     json: Json = False,
+    json_full: JsonFull = False,
     sampling: SamplingFlags, flags: RecipeFlags, model: ModelFlags,
 ) -> None:
     """Fill in the masked positions of a text; everything else stays as it is."""
@@ -156,8 +163,8 @@ def infill(
         generation = lm.infill(rows, masks, **arguments)
     if not where.first:
         return
-    if json:
-        print_json(generation)
+    if json or json_full:
+        print_json(generation, full=json_full)
     else:
         print_texts(generation.text, generation.tokens)
 
@@ -189,14 +196,26 @@ def convert(
         print(written)
 
 
-@app.command()
+class _TrainCommand(TyperCommand):
+    """Help that ends with the fields of a configuration, read when it is asked for: that takes jax."""
+
+    def get_help(self, ctx: Any) -> str:
+        from djax.train.config import describe_fields
+
+        self.epilog = "\n\n".join(["Fields of CONFIG.toml, as table.field (default):", *describe_fields()])
+        return super().get_help(ctx)
+
+
+@app.command(cls=_TrainCommand)
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG.toml", help="The run: data, optimizer, output.")], *,
+    no_compile_cache: Annotated[bool, typer.Option("--no-compile-cache", help=COMPILE_CACHE_HELP)] = False,
     debug: Debug = False,
 ) -> None:
     """Train or fine-tune a model; run again, it goes on where it stopped."""
     from djax.cli_train import run
 
+    use_compile_cache(not no_compile_cache)
     with _terminable():
         print(run(Path(config)))
 
@@ -205,7 +224,11 @@ app.command("plan")(plan_command)
 
 
 @app.command()
-def inspect(source: Source, *, json: Json = False, debug: Debug = False) -> None:
+def inspect(
+    source: Source, *,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    debug: Debug = False,
+) -> None:
     """Show a checkpoint: configuration, parameter count, bytes, and what its keys map to."""
     from convert import resolve_source
     from convert.checkpoint import is_converted
@@ -275,6 +298,7 @@ def _place(mesh: str | None, distributed: str | None) -> Place:
 
 def _load(model: ModelFlags, where: Place) -> DiffusionLM:
     _check_dtype(model.dtype)
+    use_compile_cache(not model.no_compile_cache)
     from djax.api import load
 
     with _fields_as_flags(), _progress("loading", where) as progress:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from djax.cli_cache import COMPILE_CACHE_HELP
 from djax.cli_errors import refused
 
 _MODEL, _RECIPE, _PARTS, _SAMPLING = "Model", "Recipe", "Parts (override the recipe's)", "Sampling"
@@ -61,6 +62,7 @@ class ModelFlags:
     mesh: Annotated[str | None, _option("--mesh", panel=_MODEL, metavar=MESH_METAVAR, help=MESH_HELP)] = None
     distributed: Annotated[str | None, _option(
         "--distributed", panel=_MODEL, metavar=DISTRIBUTED_METAVAR, help=DISTRIBUTED_HELP)] = None
+    no_compile_cache: Annotated[bool, _option("--no-compile-cache", panel=_MODEL, help=COMPILE_CACHE_HELP)] = False
     debug: Annotated[bool, _option("--debug", panel=_MODEL, help="Show tracebacks.")] = False
 
 

@@ -22,22 +22,22 @@ def print_texts(texts: Sequence[str] | None, tokens: Sequence[np.ndarray]) -> No
         write_line(printable(text) if sys.stdout.isatty() else text)
 
 
-def print_json(generation: Generation) -> None:
-    """One JSON object per line and prompt."""
+def print_json(generation: Generation, *, full: bool) -> None:
+    """One JSON object per line and prompt; `full` as in `json_row`."""
     for row in range(len(generation.tokens)):
-        write_line(json.dumps(json_row(generation, row), ensure_ascii=False, allow_nan=False))
+        write_line(json.dumps(json_row(generation, row, full=full), ensure_ascii=False, allow_nan=False))
 
 
-def json_row(generation: Generation, row: int) -> dict[str, Any]:
+def json_row(generation: Generation, row: int, *, full: bool) -> dict[str, Any]:
     """A row of a generation as JSON values.
 
-    `tokens` is the completion (the whole row for infilling); `canvas` has every real position of the row,
-    prompt included, and `positions` the indices in it that were generated. `commit_step` and `log_prob`
+    `tokens` is the completion (the whole row for infilling). With `full`, `canvas` has every real position of the
+    row, prompt included, and `positions` the indices in it that were generated; `commit_step` and `log_prob`
     go with `positions`. What is not finite becomes null.
     """
     valid = generation.canvas_mask[row]
     is_open = generation.is_open[row]
-    return {
+    short = {
         "index": row,
         "text": None if generation.text is None else generation.text[row],
         "tokens": generation.tokens[row].tolist(),
@@ -47,6 +47,10 @@ def json_row(generation: Generation, row: int) -> dict[str, Any]:
         "tokens_per_forward": _finite(generation.tokens_per_forward[row]),
         "stop_reason": generation.stop_reason[row],
         "masked_left": int((generation.is_masked[row] & is_open).sum()),
+    }
+    if not full:
+        return short
+    return short | {
         "canvas": generation.canvas[row][valid].tolist(),
         "positions": np.flatnonzero(is_open[valid]).tolist(),
         "commit_step": generation.commit_step[row][is_open].tolist(),

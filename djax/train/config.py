@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import math
 import tomllib
 import types
@@ -78,11 +80,14 @@ class OptimizerSection:
     """The optimizer, its learning rate over time, and the clipping before it."""
 
     name: str = "adamw"
+    """adamw, adam, lion, sgd, adafactor or muon, as optax has them."""
     learning_rate: float
+    """The highest one."""
     schedule: str = "cosine"
     """After the warm-up: constant, to zero at the last update along a line or a cosine, or constant and then along a
     line (trapezoid)."""
     warmup_steps: int = 0
+    """First updates, in which the rate rises along a line."""
     decay_steps: int = 0
     """Last updates of a trapezoid, in which the rate falls."""
     weight_decay: float = 0.0
@@ -119,17 +124,26 @@ class TrainingSection:
     output: str
     """Directory of the run: checkpoints, metrics, the trained model; relative to the configuration file."""
     steps: int
+    """Updates of the whole run."""
     batch_size: int
+    """Rows of an update."""
     objective: str = "masked"
     """The loss: "masked", with all of a row in sight but what is masked, as bidirectional models are used; or "block",
     which learns all of an answer in every pass, each block of it from what is before it (see `djax.train.block`)."""
     accumulate: int = 1
+    """Parts that a batch is cut into, one after the other, to save memory."""
     seed: int = 0
+    """Of the noise, the data's order and fresh weights."""
     log_every: int = 10
+    """Updates between two lines of metrics."""
     save_every: int = 500
+    """Updates between two checkpoints."""
     keep: int = 2
+    """Checkpoints that stay."""
     remat: bool = False
+    """Compute a layer's activations again in the backward pass instead of keeping them."""
     vocab_chunk: int = 8192
+    """Columns of the vocabulary whose logits are held at once."""
     compute_dtype: str | None = None
     """dtype of the forward and backward pass; master weights are float32. Without it the checkpoint's."""
     balance: float = 0.01
@@ -153,8 +167,11 @@ class MeshSection:
     """How many devices each axis has; their product is how many are used."""
 
     data: int = 1
+    """Devices over which a batch's rows are split."""
     expert: int = 1
+    """Devices over which experts are split."""
     tensor: int = 1
+    """Devices over which heads, hidden units of experts and the vocabulary are split."""
 
     def __post_init__(self) -> None:
         _at_least("mesh", {name: (getattr(self, name), 1) for name in ("data", "expert", "tensor")})
@@ -203,6 +220,35 @@ def read_config(path: Path) -> TrainConfig:
         data = dataclasses.replace(data, path=str(here / data.path))
     training = dataclasses.replace(config.training, output=str(here / config.training.output))
     return dataclasses.replace(config, data=data, training=training)
+
+
+def describe_fields() -> list[str]:
+    """One line for each field of a configuration: its name, its type or default, what it means."""
+    lines = []
+    for name, section in typing.get_type_hints(TrainConfig).items():
+        kind = next(kind for kind in (typing.get_args(section) or (section,)) if dataclasses.is_dataclass(kind))
+        documented = _docstrings(kind)  # type: ignore[arg-type]
+        for field in dataclasses.fields(kind):
+            lines.append(f"{name}.{field.name} ({_default(field)}): {documented[field.name]}")
+    return lines
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return "none"
+    if field.default is dataclasses.MISSING:
+        return f"{_kind(field.type)}, required"
+    return "none" if field.default in (None, ()) else str(field.default).lower()
+
+
+def _docstrings(section: type) -> dict[str, str]:
+    """Texts below the fields of a dataclass; Python keeps them in the source only."""
+    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
+    return {
+        first.target.id: " ".join(second.value.value.split())
+        for first, second in itertools.pairwise(body)
+        if isinstance(first, ast.AnnAssign) and isinstance(first.target, ast.Name)
+        and isinstance(second, ast.Expr) and isinstance(second.value, ast.Constant)}
 
 
 def _build(section: Any, fields: Any, *, where: str) -> Any:

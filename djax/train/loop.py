@@ -22,6 +22,8 @@ from djax.types import Params
 
 METRICS_NAME = "metrics.jsonl"
 Metrics = dict[str, float]
+_SILENCE = 10.0
+"""Seconds after which an update is reported though it is not logged."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,8 @@ def fit(
         directory: for `checkpoints/` and `metrics.jsonl`; None keeps nothing.
         keep: checkpoints that stay.
         meta: JSON values that a resumed run has to share, such as its configuration.
-        report: called with the number of updates done and the metrics, at every logged update.
+        report: called with the number of updates done and the metrics, at every logged update, at the first one, and
+            at least every ten seconds (or at every update, where one takes longer).
 
     Returns:
         The state after the last update.
@@ -89,7 +92,8 @@ def fit(
             for done, latest, metrics in _updates(run, state, batches, key, schedule):
                 state = latest
                 if metrics is not None:
-                    if log is not None:
+                    # lines between are for whoever watches: a resumed run's file is that of one that was not
+                    if log is not None and schedule.logs(done):
                         log.write(json.dumps({"step": done, **metrics}) + "\n")
                         log.flush()
                     if report is not None:
@@ -107,21 +111,24 @@ def fit(
 def _updates(
     run: Step, state: TrainState, batches: Callable[[int], Batch], key: Key[Array, ""], schedule: Schedule
 ) -> Iterator[tuple[int, TrainState, Metrics | None]]:
-    """Every update's number and state, with metrics where they are due."""
+    """Every update's number and state, with metrics where they are due or nothing was heard for a while."""
     since, tokens = time.perf_counter(), jnp.int32(0)
-    for index in range(int(state.step), schedule.steps):
+    begun, heard = int(state.step), since
+    for index in range(begun, schedule.steps):
         batch = batches(index)
         tokens += batch.valid.sum(dtype=jnp.int32)  # fetched with the metrics: here it would wait for every update
         state, told = run(state, batch, key)
         done, metrics = index + 1, None
-        if schedule.logs(done):
+        if schedule.logs(done) or index == begun or time.perf_counter() - heard > _SILENCE:
             metrics = _metrics(told)
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(metrics[name]):
                     raise FloatingPointError(_not_finite(name, metrics[name], done))
             now = time.perf_counter()
             metrics["tokens_per_second"] = int(tokens) / (now - since)
-            since, tokens = now, jnp.int32(0)
+            heard = now
+            if schedule.logs(done):
+                since, tokens = now, jnp.int32(0)
         yield done, state, metrics
 
 

@@ -62,7 +62,7 @@ def train(
         weights=LossWeights(balance=training.balance, router_z=training.router_z), accumulate=training.accumulate,
         remat=training.remat, vocab_chunk=training.vocab_chunk, compute_dtype=training.compute_dtype or model.dtype,
         objective=objective or (block_diffusion_loss if training.objective == "block" else masked_diffusion_loss))
-    with _progress(training.steps) as report:
+    with _progress(training.steps, Path(training.output)) as report:
         try:
             state = fit(
                 init_state(params, optimizer, shardings=placed), step, _on(mesh, batches),
@@ -99,13 +99,14 @@ def _on(mesh: Mesh | None, batches: Callable[[int], Batch]) -> Callable[[int], B
 
 
 @contextmanager
-def _progress(steps: int) -> Iterator[Callable[[int, Metrics], None]]:
+def _progress(steps: int, output: Path) -> Iterator[Callable[[int, Metrics], None]]:
     """A progress bar on standard error, or a line for each report where that is no terminal."""
     def line(metrics: Metrics) -> str:
         return f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:.0f} tokens/s"
 
     if not sys.stderr.isatty():
-        yield lambda done, metrics: print(f"{done}/{steps}: {line(metrics)}", file=sys.stderr)
+        print(f"training to {steps} updates in {output}; the first one compiles", file=sys.stderr, flush=True)
+        yield lambda done, metrics: print(f"{done}/{steps}: {line(metrics)}", file=sys.stderr, flush=True)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
