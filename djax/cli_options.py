@@ -72,7 +72,8 @@ class RecipeFlags:
 
     recipe: Annotated[str, _option(
         "--recipe", panel=_RECIPE,
-        help="llada, fast_dllm, dinfer, dinfer_credit, dinfer_hierarchical or llada2.")] = "dinfer"
+        help="llada, fast_dllm, dinfer, dinfer_credit, dinfer_hierarchical, llada2, or module:function of "
+        "your own.")] = "dinfer"
     strategy: Annotated[str | None, _option(
         "--strategy", panel=_PARTS, help="threshold, quota, factor or hierarchical.")] = None
     threshold: Annotated[float | None, _number(

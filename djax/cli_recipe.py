@@ -7,8 +7,11 @@ functions build the parts.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import math
+import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +63,8 @@ def build_recipe(flags: RecipeFlags) -> Recipe:
     Raises:
         WrongInput: an unknown name, a number out of range, or a flag that the chosen parts have no use for.
     """
+    if ":" in flags.recipe:
+        return _own_recipe(flags)
     _check_numbers(flags)
     base = _read(_choice("recipe", flags.recipe, RECIPES))
     strategy = base.strategy if flags.strategy is None else _choice("strategy", flags.strategy, STRATEGIES)
@@ -75,6 +80,29 @@ def build_recipe(flags: RecipeFlags) -> Recipe:
     if flags.mask_token is not None:
         mask_token = _choice("mask_token", flags.mask_token, MASK_TOKENS)
         recipe = dataclasses.replace(recipe, mask_token="forbid" if mask_token == "forbid" else "refuse")
+    return recipe
+
+
+def _own_recipe(flags: RecipeFlags) -> Recipe:
+    """What a function of the user's own gives, named as module:function; looked for in the working directory too."""
+    others = [field.name for field in dataclasses.fields(flags)
+              if field.name != "recipe" and getattr(flags, field.name) != field.default]
+    if others:
+        raise WrongInput(flag(others[0]), f"it with --recipe {flags.recipe}", allowed="it with a recipe of djax",
+                         do="put the number into your function")
+    module, _, function = flags.recipe.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        make = operator.attrgetter(function)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise WrongInput("--recipe", f"{shown(flags.recipe)} ({error})",
+                         allowed="module:function, of a module that Python finds from here",
+                         do="check both names") from error
+    recipe = make() if callable(make) else make
+    if not isinstance(recipe, Recipe):
+        raise WrongInput("--recipe", f"{shown(flags.recipe)}, which gives a {type(recipe).__name__}",
+                         allowed="a function without arguments that returns djax.Parts", do="return one")
     return recipe
 
 

@@ -66,7 +66,8 @@ def invoke(*arguments: str, input: str | bytes = "") -> Result:
 
 
 def run_json(*arguments: str, input: str | bytes = "") -> list[dict[str, Any]]:
-    result = invoke(*arguments, "--json", input=input)
+    full = "--json" if arguments[0] == "inspect" else "--json-full"
+    result = invoke(*arguments, full, input=input)
     assert result.exit_code == 0, result.output
     return [json.loads(line) for line in result.stdout.splitlines()]
 
