@@ -24,8 +24,7 @@ class _Compared:
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        ours, theirs = (jax.tree.flatten(vars(value)) for value in (self, other))
-        return ours[1] == theirs[1] and all(map(struct.same_arrays, ours[0], theirs[0]))
+        return struct.same_trees(vars(self), vars(other))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

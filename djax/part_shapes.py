@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from djax.errors import ArgumentError, one_line
+from djax.struct import same_structure
 from djax.types import Candidates, Decision, Plan, StepInfo
 
 AXES = ("strategy", "cache_policy", "transform", "propose", "smoothing", "stop_rule")
@@ -210,7 +211,7 @@ def _differs(what: str, given: Any, shape: tuple[int, ...], dtype: str) -> str |
 
 def _changed(before: Any, after: Any) -> str | None:
     """How a state differs from the one that the loop carries."""
-    if jax.tree.structure(before) != jax.tree.structure(after):
+    if not same_structure(before, after):
         return "whose step gives a state of another structure than init"
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):

@@ -44,7 +44,7 @@ def dataclass(cls: type[T]) -> type[T]:
         return part
 
     frozen.replace = dataclasses.replace  # type: ignore[attr-defined]
-    frozen.__eq__ = _equal  # type: ignore[method-assign,assignment]
+    frozen.__eq__ = _equal  # type: ignore[method-assign]
     frozen.__hash__ = lambda part: hash(jax.tree.structure(part))  # type: ignore[method-assign,assignment]
     jax.tree_util.register_pytree_with_keys(frozen, flatten_with_keys, unflatten, flatten)
     return frozen
@@ -62,8 +62,18 @@ def same_arrays(left: Any, right: Any) -> bool:
         ((first == second) | ((first != first) & (second != second))).all())
 
 
+def same_trees(left: Any, right: Any) -> bool:
+    """Whether two pytrees have the same structure and the same numbers in it."""
+    return same_structure(left, right) and all(map(same_arrays, jax.tree.leaves(left), jax.tree.leaves(right)))
+
+
+def same_structure(left: Any, right: Any) -> bool:
+    """Whether two pytrees have the same structure, static fields included."""
+    ours: Any = jax.tree.structure(left)  # PyTreeDef's stub has no ==
+    return ours == jax.tree.structure(right)
+
+
 def _equal(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
-    (ours, structure), (theirs, other) = jax.tree.flatten(left), jax.tree.flatten(right)
-    return structure == other and all(map(same_arrays, ours, theirs))
+    return same_trees(left, right)

@@ -12,7 +12,7 @@ import numpy as np
 
 from djax.errors import ArgumentError
 from djax.part_shapes import AXES, PROTOCOLS, check_shapes
-from djax.struct import same_arrays
+from djax.struct import same_arrays, same_structure
 from djax.types import Candidates, StepInfo
 
 _BATCH, _LENGTH, _VOCAB, _CANVAS, _WIDTH = 3, 8, 12, 40, 5
@@ -36,7 +36,7 @@ def check_part(part: Any, axis: str | None = None) -> None:
     _check_pytree(axis, part)
     check_shapes(axis, part)
     function, given = _call(axis, part, seed=0)
-    jitted = jax.jit(function)
+    jitted: Any = jax.jit(function)
     whole = jitted(part, *given)
     if not _equal(whole, jax.jit(lambda *arguments: function(*arguments))(part, *given)):  # traced once more
         _fail(axis, part, "which gives something else when it is traced again",
@@ -71,7 +71,7 @@ def _check_pytree(axis: str, part: Any) -> None:
     is_leaf = any(leaf is part for leaf in jax.tree.leaves(part))
     if not dataclasses.is_dataclass(part) or isinstance(part, type) or is_leaf:
         _fail(axis, part, "which is no pytree of its fields", "decorate its class with djax.struct.dataclass")
-    for field in dataclasses.fields(part):  # type: ignore[arg-type]
+    for field in dataclasses.fields(part):
         try:
             setattr(part, field.name, getattr(part, field.name))
         except dataclasses.FrozenInstanceError:
@@ -139,8 +139,8 @@ def _varied(leaf: Any) -> Any:
 
 
 def _equal(left: Any, right: Any, *, exact: bool = True) -> bool:
-    (ours, structure), (theirs, other) = jax.tree.flatten(left), jax.tree.flatten(right)
-    return structure == other and all(
+    ours, theirs = jax.tree.leaves(left), jax.tree.leaves(right)
+    return same_structure(left, right) and all(
         same_arrays(a, b) if exact or not jnp.issubdtype(a.dtype, jnp.floating)
         else np.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
         for a, b in zip(ours, theirs, strict=True))

@@ -245,7 +245,7 @@ def _docstrings(section: type) -> dict[str, str]:
     """Texts below the fields of a dataclass; Python keeps them in the source only."""
     body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
     return {
-        first.target.id: " ".join(second.value.value.split())
+        first.target.id: " ".join(str(second.value.value).split())
         for first, second in itertools.pairwise(body)
         if isinstance(first, ast.AnnAssign) and isinstance(first.target, ast.Name)
         and isinstance(second, ast.Expr) and isinstance(second.value, ast.Constant)}
