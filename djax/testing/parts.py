@@ -129,7 +129,7 @@ def _call(axis: str, part: Any, *, seed: int) -> Call:
     tokens = jnp.asarray(rng.integers(0, 8, (_BATCH, _CANVAS)), jnp.int32)
     is_open = jnp.asarray(rng.random((_BATCH, _CANVAS)) < 0.5)
     is_masked = is_open & jnp.asarray(rng.random((_BATCH, _CANVAS)) < 0.3)
-    return (lambda part, *rest: (part.step(*rest), part.ends(rest[0]), part.fill())), (tokens, is_open, is_masked, info)
+    return (lambda part, *rest: (part.step(*rest), part.ends(rest[0]))), (tokens, is_open, is_masked, info)
 
 
 def _varied(leaf: Any) -> Any:
