@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax.config import ModelConfig
-from djax.errors import ArgumentError
+from djax.errors import ArgumentError, check_number
 from djax.proposals import Greedy, RefuseToken, Sample
 from djax.state import Parts
 from djax.stopping import AnyOf, Never, OnEos
 from djax.transforms import Chain, ForbidTokens, MinP, TopK, TopP
-from djax.types import Propose, StopRule, Transform
+from djax.types import Filter, Propose, StopRule, Transform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class CallOptions:
             raise ArgumentError("recipe", f"a {type(self.recipe).__name__}", allowed="djax.Parts",
                                 advice="such as djax.recipes.dinfer()")
         _in_range("block_length", self.block_length, 1, math.inf)
-        _in_range("temperature", self.temperature, 0.0, math.inf)
+        # above, noise times temperature could overflow; below float32's smallest normal number, 0 is meant
+        check_number("temperature", self.temperature, 0.0, 1e30)
         _in_range("top_k", self.top_k, 1, math.inf)
         _in_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _in_range("min_p", self.min_p, 0.0, 1.0)
@@ -84,13 +85,11 @@ def make_parts(
     recipe = options.recipe
     banned = [*forbidden] if recipe.mask_token == "refuse" else [mask_id, *forbidden]
     chain: list[Transform] = [ForbidTokens(jnp.asarray(banned, jnp.int32), vocab_limit), recipe.transform]
-    if options.top_k is not None:
-        chain.append(TopK(int(options.top_k)))
-    if options.top_p is not None:
-        chain.append(TopP(float(options.top_p), float(options.temperature)))
-    if options.min_p is not None:
-        chain.append(MinP(float(options.min_p), float(options.temperature)))
-    propose: Propose = Sample(float(options.temperature))
+    temperature = float(options.temperature)
+    filters: list[Filter] = [] if options.top_k is None else [TopK(int(options.top_k))]
+    filters += [] if options.top_p is None else [TopP(float(options.top_p), temperature)]
+    filters += [] if options.min_p is None else [MinP(float(options.min_p), temperature)]
+    propose: Propose = Sample(temperature, filters=tuple(filters))
     if recipe.propose != Greedy():
         propose = _own_proposal(options)
     if recipe.mask_token == "refuse":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from djax import struct
-from djax.types import Candidates, Logits, Noise, Propose, Reading
+from djax.types import Candidates, Filter, Logits, Noise, Propose, Reading
 from kernels_pallas import gumbel_noise
 
 
@@ -40,27 +41,47 @@ class Sample:
     """A draw from softmax(logits / temperature) by the Gumbel-max trick, in log space and float32.
 
     Temperature 0 is greedy in the same compiled program (no noise is drawn then), and its log-prob is
-    the one at temperature 1. Row i's noise depends on `keys[i]` only. The confidence stays the token's
-    probability at temperature 1, as in LLaDA (arXiv 2502.09992).
+    the one at temperature 1. Row i's noise depends on `keys[i]` only.
+
+    How a token is drawn does not decide whether it is kept: the confidence stays the token's probability at
+    temperature 1 under unfiltered logits, as in LLaDA (arXiv 2502.09992); only `log_prob` is that of the distribution
+    drawn from, filtered and tempered. Code that decides by the latter, as Dream's does (arXiv 2508.15487), is
+    `confidence="drawn"`.
     """
 
     temperature: float | Float[Array, ""]
+    filters: tuple[Filter, ...] = ()
+    """Applied first to last before the draw."""
+    confidence: Literal["model", "drawn"] = struct.field(pytree_node=False, default="model")
 
     @property
     def reads(self) -> bool:
-        """True."""
-        return True
+        """Whether nothing looks at all of the vocabulary."""
+        return not self.filters
 
     def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """Candidates with their probability at temperature 1 and log-prob at the sampling temperature."""
         temperature = jnp.asarray(self.temperature, jnp.float32)
+        kept = logits
+        for each in self.filters:
+            kept = each.keep(kept)
 
         def draw() -> Int[Array, "B L"]:
             words = noise_keys(keys, logits.shape[1])[:, :, None]
-            return first_argmax(logits + temperature * gumbel_noise(words, jnp.arange(logits.shape[-1])))
+            return first_argmax(kept + temperature * gumbel_noise(words, jnp.arange(logits.shape[-1])))
 
-        token = jax.lax.cond(temperature > 0, draw, lambda: first_argmax(logits))
-        return _candidates(logits, token, tokens, jnp.where(temperature > 0, temperature, 1.0))
+        token = jax.lax.cond(temperature > 0, draw, lambda: first_argmax(kept))
+        divisor = jnp.where(temperature > 0, temperature, 1.0)
+        if not self.filters:
+            return self._decided_by(_candidates(logits, token, tokens, divisor))
+        drawn = _candidates(kept, token, tokens, divisor)
+        meant = _candidates(logits, token, tokens, jnp.float32(1.0))
+        return self._decided_by(dataclasses.replace(meant, log_prob=drawn.log_prob))
+
+    def _decided_by(self, candidates: Candidates) -> Candidates:
+        if self.confidence == "model":
+            return candidates
+        return dataclasses.replace(candidates, confidence=jnp.exp(candidates.log_prob))
 
     def noise(self, keys: Key[Array, "B"], block_length: int) -> Noise | None:
         """The noise of every position, from the same words as in `step`."""
@@ -68,7 +89,7 @@ class Sample:
 
     def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
         """The same from a reading."""
-        return _candidates_of(reading, tokens)
+        return self._decided_by(_candidates_of(reading, tokens))
 
 
 @struct.dataclass
@@ -124,13 +145,17 @@ def _candidates(
 ) -> Candidates:
     log_total = jax.nn.logsumexp(logits, axis=-1)
     chosen = _at(logits, token)
+    best = jnp.max(logits, axis=-1)
+    best = jnp.where(jnp.isfinite(best), best, 0.0)
     # The second pass over the vocabulary is worth a branch: greedy decoding never needs it.
-    tempered = jax.lax.cond(
-        temperature == 1.0, lambda: log_total, lambda: jax.nn.logsumexp(logits / temperature, axis=-1))
+    log_sum = jax.lax.cond(
+        temperature == 1.0, lambda: log_total - best,
+        lambda: jnp.log(jnp.sum(jnp.exp((logits - best[..., None]) / temperature), axis=-1)))
     return Candidates(
         token=token,
         confidence=jnp.exp(chosen - log_total),
-        log_prob=chosen / temperature - tempered,
+        # differences are divided and not logits, which overflow at low temperatures
+        log_prob=(chosen - best) / temperature - log_sum,
         current=jnp.exp(_at(logits, tokens) - log_total),
     )
 
@@ -141,7 +166,7 @@ def _candidates_of(reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
     return Candidates(
         token=reading.drawn,
         confidence=jnp.exp(reading.drawn_logit - reading.log_total),
-        log_prob=reading.drawn_logit / temperature - reading.log_total_tempered,
+        log_prob=(reading.drawn_logit - reading.best_logit) / temperature - reading.log_sum_tempered,
         current=jnp.exp(reading.logit_of(tokens) - reading.log_total),
     )
 

@@ -124,8 +124,8 @@ class Reading:
     drawn_noise: Float[Array, "B L"]
     log_total: Float[Array, "B L"]
     """logsumexp of the logits; NaN where any logit is."""
-    log_total_tempered: Float[Array, "B L"]
-    """logsumexp(logits / temperature); `log_total` at temperature 0 and where nothing is drawn."""
+    log_sum_tempered: Float[Array, "B L"]
+    """log of the sum of exp((logit - best_logit) / temperature); at temperature 1 where that is 0 or nothing is drawn."""
     temperature: Float[Array, ""] | None
     """The query's; None where nothing is drawn."""
 
@@ -258,6 +258,14 @@ class ReadingTransform(Transform, Protocol):
 
     def adjust(self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Reading, PartState]:
         """The reading of the transformed logits, and the next state."""
+        ...
+
+
+class Filter(Protocol):
+    """Which tokens a draw may take."""
+
+    def keep(self, logits: Logits) -> Logits:
+        """The same logits, -inf where a token may not be drawn; the most probable token always stays."""
         ...
 
 

@@ -192,11 +192,17 @@ def _step_keys(key: Any, row_id: int, step: int) -> jax.Array:
     return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, row_id), step))
 
 
-def sample(temperature: float = 0.0) -> Propose:
-    """argmax of logits + temperature * Gumbel noise; greedy at 0."""
+def sample(temperature: float = 0.0, *filters: Transform) -> Propose:
+    """argmax of logits + temperature * Gumbel noise among what filters keep; greedy at 0.
+
+    The confidence is that of all logits, the log-prob that of those kept.
+    """
 
     def run(logits: np.ndarray, step: Step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        scores = logits.copy()
+        kept = logits
+        for each in filters:
+            kept = each(kept, step, {})
+        scores = kept.copy()
         if temperature > 0:
             scores += temperature * np.asarray(_gumbel(step.noise_key, *logits.shape), np.float64)
         for position in step.masked:
@@ -204,7 +210,7 @@ def sample(temperature: float = 0.0) -> Propose:
         token = scores.argmax(-1)
         where = np.arange(len(logits))
         with np.errstate(divide="ignore"):
-            log_prob = np.log(softmax(logits / (temperature or 1.0)))[where, token]
+            log_prob = np.log(softmax(kept / (temperature or 1.0)))[where, token]
         return token, softmax(logits)[where, token], log_prob
 
     return run

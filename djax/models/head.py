@@ -28,9 +28,10 @@ def read_head(
         noise_keys=None if noise is None else rows(noise.keys), embedding=embed,
         first_id=parallel.first_id(head), implementation=implementation)
     if parallel.vocab and parallel.alone is None:
-        got = combine_readouts(got, axis_name=parallel.vocab)
+        got = combine_readouts(
+            got, axis_name=parallel.vocab, temperature=None if noise is None else noise.temperature)
     fields = {name: getattr(got, name).reshape(shape) for name in (
-        "best", "best_logit", "drawn", "drawn_logit", "log_total", "log_total_tempered")}
+        "best", "best_logit", "drawn", "drawn_logit", "log_total", "log_sum_tempered")}
     expected = None if got.expected is None else got.expected.reshape(*shape, -1)
     zeros = jnp.zeros(shape, jnp.float32)
     if noise is None:

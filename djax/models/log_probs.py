@@ -26,8 +26,8 @@ def _chunk(
     return lax.dynamic_slice_in_dim(head, first, size), jnp.where(ids >= start, ids, -1), first
 
 
-def _logits(hidden: Array, rows: Array, ids: Array, temperature: Array, forbidden: Forbidden) -> Float[Array, "M C"]:
-    logits = contract("md,cd->mc", hidden, rows, dtype=jnp.float32) / temperature
+def _logits(hidden: Array, rows: Array, ids: Array, forbidden: Forbidden) -> Float[Array, "M C"]:
+    logits = contract("md,cd->mc", hidden, rows, dtype=jnp.float32)
     dropped = (ids < 0) | (ids >= forbidden.limit) | (ids[:, None] == forbidden.ids).any(axis=-1)
     return jnp.where(dropped, -jnp.inf, logits)
 
@@ -49,32 +49,36 @@ def _forward(
     def add(carry: tuple[Array, Array, Array], start: Array) -> tuple[tuple[Array, Array, Array], None]:
         largest, total, chosen = carry
         rows, ids, _ = _chunk(head, start, size)
-        logits = _logits(hidden, rows, ids, temperature, forbidden)
+        logits = _logits(hidden, rows, ids, forbidden)
         new = jnp.maximum(largest, logits.max(axis=1))
-        total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=1)
+        # differences are divided and not logits: these overflow at low temperatures
+        total = total * jnp.exp((largest - new) / temperature)
+        total += jnp.exp((logits - new[:, None]) / temperature).sum(axis=1)
         return (new, total, chosen + jnp.where(ids == tokens[:, None], logits, 0.0).sum(axis=1)), None
 
     count = hidden.shape[0]
     # a finite start: -inf minus -inf is NaN
     start = jnp.full(count, jnp.finfo(jnp.float32).min), jnp.zeros(count), jnp.zeros(count)
     (largest, total, chosen), _ = lax.scan(add, start, _starts(head, size))
-    log_total = largest + jnp.log(total)
-    return chosen - log_total, (hidden, head, tokens, temperature, forbidden, log_total)
+    return ((chosen - largest) / temperature - jnp.log(total),
+            (hidden, head, tokens, temperature, forbidden, largest, total))
 
 
 def _backward(
     size: int, residuals: tuple[Any, ...], cotangent: Float[Array, "M"]
 ) -> tuple[Array, Array, None, Array, None]:
-    hidden, head, tokens, temperature, forbidden, log_total = residuals
+    hidden, head, tokens, temperature, forbidden, largest, total = residuals
 
     def add(carry: tuple[Array, Array, Array], start: Array) -> tuple[tuple[Array, Array, Array], None]:
         grad_hidden, grad_head, grad_temperature = carry
         rows, ids, first = _chunk(head, start, size)
-        logits = _logits(hidden, rows, ids, temperature, forbidden)
-        share, allowed = jnp.exp(logits - log_total[:, None]), logits != -jnp.inf
+        logits = _logits(hidden, rows, ids, forbidden)
+        scaled = (logits - largest[:, None]) / temperature
+        share, allowed = jnp.exp(scaled) / total[:, None], logits != -jnp.inf
         chosen = (ids == tokens[:, None]) & allowed
         grad = cotangent[:, None] * (jnp.where(chosen, 1.0, 0.0) - share)  # of the scaled logits
-        grad_temperature -= jnp.sum(jnp.where(allowed, grad * logits, 0.0)) / temperature
+        counts = allowed & (grad != 0)  # an infinite one of no weight adds nothing
+        grad_temperature -= jnp.sum(jnp.where(counts, grad * scaled, 0.0)) / temperature
         grad = (grad / temperature).astype(head.dtype)
         part = contract("mc,md->cd", grad, hidden, dtype=jnp.float32)
         old = lax.dynamic_slice_in_dim(grad_head, first, size)

@@ -278,7 +278,10 @@ def _obstacles(parts: Parts, *, guided: bool) -> list[str]:
         found.append(f"smoothing {_name(parts.smoothing)} is soft: inputs depend on earlier logits")
     found += [f"transform {_name(part)} changes the distribution that tokens are drawn from"
               for part in _transforms(parts.transform) if not isinstance(part, Identity | ForbidTokens)]
-    if not isinstance(_inner(parts.propose), Greedy | Sample):
+    inner = _inner(parts.propose)
+    if isinstance(inner, Sample):
+        found += [f"filter {_name(part)} changes the distribution that tokens are drawn from" for part in inner.filters]
+    elif not isinstance(inner, Greedy):
         found.append(f"proposal {_name(parts.propose)} is not known to draw from the softmax")
     if guided:
         found.append("guidance mixes the logits of two forwards")

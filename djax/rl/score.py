@@ -153,8 +153,11 @@ def _by_position(
 
     @jax.checkpoint
     def ask(part: tuple[Hidden, Int[Array, "B c"]]) -> Float[Array, "B c"]:
-        # tempered first: -inf divided by the temperature has no derivative
-        logits, _ = forbid.step(denoiser.unembed(params, part[0]) / temperature, part[1] >= 0, ())
+        logits = denoiser.unembed(params, part[0])
+        best = lax.stop_gradient(forbid.step(logits, part[1] >= 0, ())[0].max(axis=-1, keepdims=True))
+        # tempered before anything is forbidden: -inf divided by the temperature has no derivative; and the difference
+        # is divided, since a logit overflows at low temperatures
+        logits, _ = forbid.step((logits - best) / temperature, part[1] >= 0, ())
         log_probs = jax.nn.log_softmax(logits, axis=-1)
         return jnp.take_along_axis(log_probs, part[1][..., None], axis=-1)[..., 0]
 

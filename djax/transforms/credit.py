@@ -107,29 +107,32 @@ def _raised(
 ) -> Reading:
     """The reading after `bonus`, at least 0, is added to the logits of `ids`, each of which occurs once.
 
-    A log-sum-exp is corrected by what its terms gain. Whatever wins afterwards is one of `ids` or has won before,
-    because no other logit rises.
+    A sum of exponentials is corrected by what its terms gain. Whatever wins afterwards is one of `ids` or has won
+    before, because no other logit rises.
     """
-    def gained(total: Float[Array, "B L"], temperature: Float[Array, ""] | float) -> Float[Array, "B L"]:
-        terms = jnp.exp(logits / temperature - total[..., None]) * jnp.expm1(bonus / temperature)
-        return total + jnp.log1p(jnp.sum(jnp.where(ids >= 0, terms, 0.0), axis=-1))
-
     raised = jnp.where(ids >= 0, logits + bonus, -jnp.inf)
     same = (reading.ids[..., None] == ids[..., None, :]) & (ids >= 0)[..., None, :]
     best, best_logit, best_noise = _winner(
         reading.best, reading.best_logit, reading.best_noise, ids, raised, noise, jnp.float32(0.0))
+
+    def gained(log_sum: Float[Array, "B L"], temperature: Float[Array, ""] | float) -> Float[Array, "B L"]:
+        """The log-sum taken from the best logit, now from the new one: no term of it is above 1 at any temperature."""
+        before = jnp.exp((reading.best_logit - best_logit) / temperature + log_sum)
+        terms = jnp.exp((raised - best_logit[..., None]) / temperature) * -jnp.expm1(-bonus / temperature)
+        return jnp.log(before + jnp.sum(jnp.where(ids >= 0, terms, 0.0), axis=-1))
+
+    log_sum = gained(reading.log_total - reading.best_logit, 1.0)
     common = {"logits": reading.logits + jnp.sum(jnp.where(same, bonus[..., None, :], 0.0), axis=-1), "best": best,
-              "best_logit": best_logit, "best_noise": best_noise, "log_total": gained(reading.log_total, 1.0)}
+              "best_logit": best_logit, "best_noise": best_noise, "log_total": best_logit + log_sum}
     if reading.temperature is None:
         return dataclasses.replace(
-            reading, **common, drawn=best, drawn_logit=best_logit, drawn_noise=best_noise,
-            log_total_tempered=common["log_total"])
+            reading, **common, drawn=best, drawn_logit=best_logit, drawn_noise=best_noise, log_sum_tempered=log_sum)
     drawn, drawn_logit, drawn_noise = _winner(
         reading.drawn, reading.drawn_logit, reading.drawn_noise, ids, raised, noise, reading.temperature)
     divisor = jnp.where(reading.temperature > 0, reading.temperature, 1.0)
     return dataclasses.replace(
         reading, **common, drawn=drawn, drawn_logit=drawn_logit, drawn_noise=drawn_noise,
-        log_total_tempered=gained(reading.log_total_tempered, divisor))
+        log_sum_tempered=gained(reading.log_sum_tempered, divisor))
 
 
 def _winner(

@@ -1,4 +1,8 @@
-"""Filters that look at all of the vocabulary: top-k, nucleus, min-p."""
+"""Filters that look at all of the vocabulary: top-k, nucleus, min-p.
+
+A call's filters belong to its draw (`djax.proposals.Sample.filters`) and leave confidences alone. As a recipe's
+transform a filter changes what the model means: strategies then see the probabilities that it leaves.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,35 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from djax import struct
+from djax.errors import check_integer, check_number
 from djax.types import Logits, PartState
 
 
 @struct.dataclass
 class TopK:
-    """Keeps the k most probable tokens; those that tie with the k-th stay too. `k` is static."""
+    """Keeps the k most probable tokens; those that tie with the k-th stay too. `k` is static.
+
+    Raises:
+        ArgumentError: k below 1.
+    """
 
     k: int = struct.field(pytree_node=False)
 
-    def init(self, batch: int, block_length: int) -> PartState:
-        """No state.
+    def __post_init__(self) -> None:
+        check_integer("k", self.k, 1)
 
-        Raises:
-            ValueError: k below 1.
-        """
-        if self.k < 1:
-            raise ValueError(f"top_k: got {self.k}; it must be at least 1")
+    def init(self, batch: int, block_length: int) -> PartState:
+        """No state."""
         return ()
 
     def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
         """Logits with -inf outside the k best."""
+        return self.keep(logits), state
+
+    def keep(self, logits: Logits) -> Logits:
+        """Logits with -inf outside the k best."""
         kth = jax.lax.top_k(logits, min(self.k, logits.shape[-1]))[0][..., -1:]
-        return jnp.where(logits >= kth, logits, -jnp.inf), state
+        return jnp.where(logits >= kth, logits, -jnp.inf)
 
 
 @struct.dataclass
@@ -43,19 +53,27 @@ class TopP:
     p: float | Float[Array, ""]
     temperature: float | Float[Array, ""] = 1.0
 
+    def __post_init__(self) -> None:
+        check_number("p", self.p, 0.0, 1.0)
+        check_number("temperature", self.temperature, 0.0)
+
     def init(self, batch: int, block_length: int) -> PartState:
         """No state."""
         return ()
 
     def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
         """Logits with -inf outside the nucleus."""
-        probs = jax.nn.softmax(logits / _positive(self.temperature), axis=-1)
+        return self.keep(logits), state
+
+    def keep(self, logits: Logits) -> Logits:
+        """Logits with -inf outside the nucleus."""
+        probs = jax.nn.softmax(tempered(logits, _positive(self.temperature)), axis=-1)
         descending = -jnp.sort(-probs, axis=-1)
         before = jnp.cumsum(descending, axis=-1) - descending
         # A token stays while the mass of those before it is below p; the first one always does.
         keep = (before < self.p).at[..., 0].set(True)
         smallest = jnp.min(jnp.where(keep, descending, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(probs >= smallest, logits, -jnp.inf), state
+        return jnp.where(probs >= smallest, logits, -jnp.inf)
 
 
 @struct.dataclass
@@ -65,15 +83,30 @@ class MinP:
     p: float | Float[Array, ""]
     temperature: float | Float[Array, ""] = 1.0
 
+    def __post_init__(self) -> None:
+        check_number("p", self.p, 0.0, 1.0)
+        check_number("temperature", self.temperature, 0.0)
+
     def init(self, batch: int, block_length: int) -> PartState:
         """No state."""
         return ()
 
     def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
         """Logits with -inf on the improbable tokens."""
+        return self.keep(logits), state
+
+    def keep(self, logits: Logits) -> Logits:
+        """Logits with -inf on the improbable tokens."""
         best = jnp.max(logits, axis=-1, keepdims=True)
         keep = logits - best >= _positive(self.temperature) * jnp.log(jnp.asarray(self.p, jnp.float32))
-        return jnp.where(keep, logits, -jnp.inf), state
+        return jnp.where(keep, logits, -jnp.inf)
+
+
+def tempered(logits: Logits, temperature: Float[Array, ""]) -> Logits:
+    """Logits over a temperature above 0, taken from the best one: logit / temperature overflows at low temperatures."""
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    # an infinite best would give inf - inf; where nothing is allowed all are -inf
+    return (logits - jnp.where(jnp.isfinite(best), best, 0.0)) / temperature
 
 
 def _positive(temperature: float | Float[Array, ""]) -> Float[Array, ""]:

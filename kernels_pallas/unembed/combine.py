@@ -10,12 +10,14 @@ from kernels_pallas.unembed.running import LARGEST_ID, finite
 from kernels_pallas.unembed.types import NO_ID, Readout
 
 
-def combine_readouts(readout: Readout, *, axis_name: str | tuple[str, ...]) -> Readout:
+def combine_readouts(
+    readout: Readout, *, axis_name: str | tuple[str, ...], temperature: Float[Array, ""] | float | None = None,
+) -> Readout:
     """The readout of the whole vocabulary from those of its shards, inside `shard_map`.
 
     Each device gave `unembed` its rows of the head and their `first_id`, so ids are those of the whole. All that a row
     says goes to every device in one all-gather of some ten words a row and shard; with `expected` there is also a sum
-    of one [N, D2].
+    of one [N, D2]. `temperature` is the one that `unembed` was given.
     """
     shards = _gather(readout._replace(expected=None), axis_name)
     best, best_logit = _largest(shards.best, shards.best_logit)
@@ -37,10 +39,20 @@ def combine_readouts(readout: Readout, *, axis_name: str | tuple[str, ...]) -> R
     return Readout(
         best=best, best_logit=best_logit, drawn=drawn, drawn_score=drawn_score,
         drawn_logit=jnp.max(jnp.where(mine, shards.drawn_logit, -jnp.inf), axis=0),
-        log_total=log_total, log_total_tempered=_log_sum_exp(shards.log_total_tempered),
+        log_total=log_total, log_sum_tempered=_tempered(shards, best_logit, temperature),
         # an id has one owner, and -inf comes from all others
         at=jnp.max(shards.at, axis=0),
         second_logit=second, entropy=entropy, expected=expected, log_total_all=log_total_all)
+
+
+def _tempered(
+    shards: Readout, best_logit: Float[Array, "N"], temperature: Float[Array, ""] | float | None
+) -> Float[Array, "N"]:
+    """The shards' sums, each taken from its own best logit, as one that is taken from the best of all."""
+    heat = jnp.asarray(1.0 if temperature is None else temperature, jnp.float32)
+    heat = jnp.where(heat > 0, heat, 1.0)
+    own = jnp.where(shards.best_logit == -jnp.inf, 0.0, finite(shards.best_logit) - finite(best_logit))
+    return _log_sum_exp(own / heat + shards.log_sum_tempered)
 
 
 def _gather(readout: Readout, axis_name: str | tuple[str, ...]) -> Readout:

@@ -44,23 +44,24 @@ def unembed_reference(call: Call) -> Readout:
     best_logit = jnp.max(clean, axis=1)
     best = lowest_id(allowed & (clean == best_logit[:, None]), ids)
     shift = finite(best_logit)
-    log_total = shift + jnp.log(jnp.sum(jnp.exp(kept - shift[:, None]), axis=1))
-    drawn, drawn_logit, drawn_score, tempered = _draw(call, kept, clean, allowed, ids, (best, best_logit, log_total))
+    log_sum = jnp.log(jnp.sum(jnp.exp(kept - shift[:, None]), axis=1))
+    log_total = shift + log_sum
+    drawn, drawn_logit, drawn_score, tempered = _draw(call, kept, clean, allowed, ids, (best, best_logit, log_sum))
     second = jnp.max(jnp.where(ids == best[:, None], -jnp.inf, clean), axis=1) if call.second else None
     expected, log_total_all = (None, None) if call.embedding is None else _expected(logits, call.embedding)
     return Readout(
         best=best, best_logit=best_logit, drawn=drawn, drawn_logit=drawn_logit, drawn_score=drawn_score,
-        log_total=log_total, log_total_tempered=tempered, at=_at(call, logits, ids), second_logit=second,
+        log_total=log_total, log_sum_tempered=tempered, at=_at(call, logits, ids), second_logit=second,
         entropy=_entropy(kept, log_total) if call.entropy else None, expected=expected, log_total_all=log_total_all)
 
 
 def _draw(
     call: Call, kept: Array, clean: Array, allowed: Array, ids: Array, greedy: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array, Array]:
-    """The drawn id, its logit, its score, and the tempered total; what `greedy` says without a temperature."""
-    best, best_logit, log_total = greedy
+    """The drawn id, its logit, its score, and the tempered sum; what `greedy` says without a temperature."""
+    best, best_logit, log_sum = greedy
     if call.temperature is None or call.noise_keys is None:
-        return best, best_logit, best_logit, log_total
+        return best, best_logit, best_logit, log_sum
     temperature, keys = call.temperature, call.noise_keys
 
     def noisy() -> tuple[Array, Array, Array, Array]:
@@ -70,9 +71,9 @@ def _draw(
         logit = jnp.max(jnp.where(ids == drawn[:, None], clean, -jnp.inf), axis=1)
         shift = finite(best_logit)
         total = jnp.sum(jnp.exp((kept - shift[:, None]) / temperature), axis=1)
-        return drawn, logit, score, shift / temperature + jnp.log(total)
+        return drawn, logit, score, jnp.log(total)
 
-    return lax.cond(temperature > 0, noisy, lambda: (best, best_logit, best_logit, log_total))
+    return lax.cond(temperature > 0, noisy, lambda: (best, best_logit, best_logit, log_sum))
 
 
 def _at(call: Call, logits: Array, ids: Array) -> Float[Array, "N A"]:

@@ -149,8 +149,10 @@ def join(
     fields = [*greedy]
     starts: list[float | int] = [LARGEST_ID, -jnp.inf, 0.0, -jnp.inf, 0.0]
     if drawn is not None and temperature is not None:
-        fields += [*drawn, greedy.best_logit / jnp.where(temperature > 0, temperature, 1.0)]
-        starts += [LARGEST_ID, -jnp.inf, -jnp.inf, 0.0, -jnp.inf]
+        # the combiner may not close over an array, so the temperature goes along with every part
+        heat = jnp.broadcast_to(jnp.where(temperature > 0, temperature, 1.0), greedy.best_logit.shape)
+        fields += [*drawn, greedy.best_logit, heat]
+        starts += [LARGEST_ID, -jnp.inf, -jnp.inf, 0.0, -jnp.inf, 0.0]
     identity = [jnp.asarray(start, field.dtype) for start, field in zip(starts, fields, strict=True)]
     joined = lax.reduce(fields, identity, lambda a, b: (
         *_join_greedy(Greedy(*a[:5]), Greedy(*b[:5])), *(_join_drawn(a[5:], b[5:]) if len(a) > 5 else ())), (0,))
@@ -173,12 +175,16 @@ def _join_greedy(a: Greedy, b: Greedy) -> Greedy:
 
 
 def _join_drawn(a: Sequence[Array], b: Sequence[Array]) -> tuple[Array, ...]:
-    """The fields of two `Drawn`, and as a fifth the maximum that the tempered total was taken from."""
+    """The fields of two `Drawn`, the best logit that the tempered total was taken from, and the temperature.
+
+    The difference is divided and not its terms: these overflow at low temperatures.
+    """
     wins = (b[2] > a[2]) | ((b[2] == a[2]) & (b[0] < a[0]))
-    largest = jnp.maximum(a[4], b[4])
-    totals = [jnp.exp(rescale(part[4], largest)) * part[3] for part in (a, b)]
+    largest, heat = jnp.maximum(a[4], b[4]), jnp.maximum(a[5], b[5])
+    positive = jnp.where(heat > 0, heat, 1.0)  # 0 is the reduction's start, beside itself
+    totals = [jnp.exp(rescale(part[4], largest) / positive) * part[3] for part in (a, b)]
     chosen = [jnp.where(wins, y, x) for x, y in zip(a[:3], b[:3], strict=True)]
-    return (*chosen, totals[0] + totals[1], largest)
+    return (*chosen, totals[0] + totals[1], largest, heat)
 
 
 def log_of_sum(maximum: Float[Array, "..."], total: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -198,13 +204,11 @@ def finish(
     """The readout when the whole vocabulary has gone by. `drawn` counts where the temperature is positive."""
     best = jnp.where(greedy.best == LARGEST_ID, NO_ID, greedy.best)
     log_total = log_of_sum(greedy.best_logit, greedy.total)
-    fields: tuple[Array, ...] = (best, greedy.best_logit, greedy.best_logit, log_total)
+    fields: tuple[Array, ...] = (best, greedy.best_logit, greedy.best_logit, jnp.log(greedy.total))
     if drawn is not None and call.temperature is not None:
         positive = call.temperature > 0
-        temperature = jnp.where(positive, call.temperature, 1.0)
-        tempered = finite(greedy.best_logit) / temperature + jnp.log(drawn.tempered_total)
         token = jnp.where(drawn.drawn == LARGEST_ID, NO_ID, drawn.drawn)
-        hot = (token, drawn.drawn_logit, drawn.drawn_score, tempered)
+        hot = (token, drawn.drawn_logit, drawn.drawn_score, jnp.log(drawn.tempered_total))
         fields = tuple(jnp.where(positive, a, b) for a, b in zip(hot, fields, strict=True))
     entropy = jnp.log(greedy.total) - greedy.entropy_sum / greedy.total
     entropy = jnp.where(jnp.abs(log_total) < jnp.inf, jnp.maximum(entropy, 0.0), jnp.nan)
@@ -212,7 +216,7 @@ def finish(
     return Readout(
         best=column(best), best_logit=column(greedy.best_logit), drawn=column(fields[0]),
         drawn_logit=column(fields[1]), drawn_score=column(fields[2]), log_total=column(log_total),
-        log_total_tempered=column(fields[3]), at=at,
+        log_sum_tempered=column(fields[3]), at=at,
         second_logit=column(greedy.second_logit) if call.second else None,
         entropy=column(entropy) if call.entropy else None, expected=expected, log_total_all=log_total_all)
 

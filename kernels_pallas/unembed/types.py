@@ -14,7 +14,7 @@ class Readout(NamedTuple):
     """What N rows of logits say, without the logits: float32 values and int32 ids.
 
     "Allowed" ids are those below `vocab_limit` that are not forbidden. A NaN among the logits makes the row's
-    `log_total`, `log_total_tempered`, `entropy` and `expected` NaN; the other fields leave it out.
+    `log_total`, `log_sum_tempered`, `entropy` and `expected` NaN; the other fields leave it out.
     """
 
     best: Int[Array, "N"]
@@ -28,8 +28,12 @@ class Readout(NamedTuple):
     """The drawn id's logit with the noise."""
     log_total: Float[Array, "N"]
     """log sum exp of the allowed logits; NaN if any logit of the row is NaN, allowed or not, and only then."""
-    log_total_tempered: Float[Array, "N"]
-    """log sum exp of the allowed logits / temperature; `log_total` without a temperature or at 0."""
+    log_sum_tempered: Float[Array, "N"]
+    """log of the sum over allowed ids of exp((logit - best_logit) / temperature); at temperature 1 without one or at 0.
+
+    It is taken from the best logit because logit / temperature overflows at low temperatures: a token's log-prob is
+    (logit - best_logit) / temperature - log_sum_tempered.
+    """
     at: Float[Array, "N A"]
     """Logits of the ids asked for; -inf for an id that is forbidden or outside the vocabulary."""
     second_logit: Float[Array, "N"] | None

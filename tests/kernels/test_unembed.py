@@ -202,12 +202,13 @@ cases = [
     Case(name="nan", poison=((2, float("nan")), (3, float("inf")))),
     Case(name="nan_at_an_id", bad_id=140),
     Case(name="none", vocab_limit=0),
+    Case(name="icy", temperature=1e-30),
 ]
 cases = [dataclasses.replace(case, vocabulary=400) for case in cases]
 def local(hidden, head, embedding, options):
     first = jax.lax.axis_index("vocab") * head.shape[0]
     readout = unembed(hidden, head, embedding=embedding, second=True, entropy=True, **options | {"first_id": first})
-    return combine_readouts(readout, axis_name="vocab")
+    return combine_readouts(readout, axis_name="vocab", temperature=options.get("temperature"))
 whole = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("vocab"), P("vocab"), P()), out_specs=P(),
                               check_vma=False))
 for case in cases:

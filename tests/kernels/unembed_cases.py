@@ -67,6 +67,8 @@ CASES = (
     Case(name="limited_to_none", vocab_limit=0),
     Case(name="cold", temperature=0.0),
     Case(name="cool", temperature=0.3, scale=10.0),
+    Case(name="icy", temperature=1e-6),
+    Case(name="icy_to_the_last_bit", temperature=1e-30, scale=10.0),
     Case(name="warm", temperature=1.0),
     Case(name="hot", temperature=2.0),
     Case(name="large_logits", scale=35.0),
@@ -174,13 +176,14 @@ def _row(row: int, values: np.ndarray, places: np.ndarray, allowed: np.ndarray, 
     total = NAN if bad else _log_sum_exp(values[allowed])
     result = {"best": best, "best_logit": largest, "log_total": total, "logits": values, "first": first}
     temperature = float(options.get("temperature", 0.0))
-    result["log_total_tempered"] = total
+    result["log_sum_tempered"] = total - largest if abs(largest) < INF else total
     result["scores"] = clean
     if temperature:
         keys = np.asarray(options["noise_keys"])
         noise = np.array([gumbel(keys[row], int(place) + first) for place in places])
         result["scores"] = clean + temperature * noise
-        result["log_total_tempered"] = NAN if bad else _log_sum_exp(values[allowed] / temperature)
+        shift = largest if abs(largest) < INF else 0.0
+        result["log_sum_tempered"] = NAN if bad else _log_sum_exp((values[allowed] - shift) / temperature)
     result["allowed"] = allowed
     at = np.asarray(options["at"])[row] - first if "at" in options else []
     inside = [0 <= place < len(places) and allowed[place] for place in at]

@@ -14,7 +14,7 @@ from kernels_pallas.unembed.api import complete
 from kernels_pallas.unembed.types import Call
 
 FLOATS = (
-    "best_logit", "log_total", "log_total_tempered", "at", "second_logit", "entropy", "expected", "log_total_all")
+    "best_logit", "log_total", "log_sum_tempered", "at", "second_logit", "entropy", "expected", "log_total_all")
 
 
 def call_of(hidden: Any, head: Any, **options: Any) -> Call:

@@ -131,9 +131,9 @@ NOT_EXACT = {
     "smoothing": (recipes.dinfer(cache=False), {}, "smoothing SoftTokens is soft"),
     "credit": (recipes.dinfer_credit(smoothing=None), {}, "transform Credit changes"),
     "reopens": (recipes.Recipe(strategies.Remasking(strategies.Threshold(0.6), 0.3)), {}, "Remasking reopens"),
-    "top_k": (RECIPE, {"top_k": 3}, "transform TopK changes"),
-    "top_p": (RECIPE, {"top_p": 0.8}, "transform TopP changes"),
-    "min_p": (RECIPE, {"min_p": 0.1}, "transform MinP changes"),
+    "top_k": (RECIPE, {"top_k": 3}, "filter TopK changes"),
+    "top_p": (RECIPE, {"top_p": 0.8}, "filter TopP changes"),
+    "min_p": (RECIPE, {"min_p": 0.1}, "filter MinP changes"),
     "guidance": (RECIPE, {"guidance": 0.5}, "guidance mixes"),
 }
 
