@@ -30,7 +30,8 @@ Case = dict[str, Any]
 
 
 def read_cases(directory: Path) -> list[Case]:
-    return [json.loads(line) for line in (directory / "cases.jsonl").read_text().splitlines() if line.strip()]
+    lines = (directory / "cases.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def recipe_of(case: Case) -> Recipe:
@@ -63,14 +64,14 @@ def with_blocks(
     return made[length]
 
 
-def replay(lm: djax.DiffusionLM, case: Case) -> str | None:
-    """What differs from the recorded run, or None."""
+def replay(lm: djax.DiffusionLM, case: Case, recipe: Recipe | None = None) -> str | None:
+    """What differs from the recorded run, or None. `recipe` is another spelling of the case's own."""
     length, prompt, new_tokens = case["block_length"], case["prompt"], case["gen_length"]
     block_diffusion = case["algo"].startswith("bd")
     if block_diffusion:  # the last block is decoded to its end
         new_tokens = -(-(len(prompt) + new_tokens) // length) * length - len(prompt)
     out = lm.generate(
-        [prompt], recipe=recipe_of(case), max_new_tokens=new_tokens, block_length=length, mask_id=case["mask_id"],
+        [prompt], recipe=recipe or recipe_of(case), max_new_tokens=new_tokens, block_length=length, mask_id=case["mask_id"],
         eos_id=case["eos_id"], align=case["align"] or block_diffusion)
     # Without early stop dInfer ends at EOS all the same, but leaves mask ids where djax fills with EOS.
     drop = {case["eos_id"]} | (set() if case["early_stop"] else {case["mask_id"]})
