@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,21 @@ from djax.canvas import Canvas
 from djax.config import ModelConfig
 from djax.distributed import with_peers
 from djax.generation import Generation, Streamer, StreamReader, StreamStep, feed, to_generation
+from djax.interrupts import stretch, wait
 from djax.memory import MemoryEstimate, estimate_memory
 from djax.models import Guided, Kernels, ModelDenoiser, build, kernels_on
 from djax.program import Program
 from djax.prompts import Prompt, shared_masked, shared_prompts
 from djax.recipes import Recipe
 from djax.sharding import Rules
-from djax.state import Parts
+from djax.state import Parts, Progress
 from djax.text import Tokenizer, has_tokenizer
 from djax.types import Denoiser, Params
-from djax.weights import accept
+from djax.weights import accept, check_alive
+
+
+Watch = Callable[[Generation], None]
+"""Called with what a generation has reached."""
 
 
 def load(
@@ -134,11 +140,13 @@ class DiffusionLM:
         stop_on_eos: bool = True,
         align: bool = False,
         row_ids: Sequence[int] | None = None,
+        watch: Watch | None = None,
     ) -> Generation:
-        """Complete prompts in one jitted program.
+        """Complete prompts in one jitted loop, which comes back to the host about twice a second.
 
-        A sweep of thresholds, temperatures, keys or EOS ids compiles nothing new, nor do prompts whose
-        lengths fall into the same bucket (`djax.canvas.bucket_size`); `compile_count` tells.
+        Ctrl-C raises KeyboardInterrupt there, in whichever thread this runs (while XLA compiles: when that is done);
+        `watch` has seen what was reached. A sweep of thresholds, temperatures, keys or EOS ids compiles nothing new, nor
+        do prompts whose lengths fall into the same bucket (`djax.canvas.bucket_size`); `compile_count` tells.
 
         Args:
             prompts: texts (taken as they are), conversations (through the chat template) or token ids. On a mesh of
@@ -160,6 +168,8 @@ class DiffusionLM:
             align: put block boundaries on multiples of `block_length` from each row's start; always for a model with
                 blocks.
             row_ids: identity of each row for the random key; rows keep their samples when a batch is cut.
+            watch: called with what has been reached after each stretch of the loop but the last; rows still at work
+                have the stop reason "interrupted". What it raises ends the generation.
 
         Raises:
             ValueError: names the argument, what came and what is allowed.
@@ -169,7 +179,8 @@ class DiffusionLM:
             top_p=top_p, min_p=min_p, guidance=guidance, mask_id=mask_id, eos_id=eos_id, stop_on_eos=stop_on_eos)
         canvas, parts, eos_ids = self._prepare(
             prompts, options, max_new_tokens=max_new_tokens, align=align, key=key, row_ids=row_ids)
-        return self.decode(canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids)
+        return self.decode(
+            canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids, watch=watch)
 
     def infill(
         self,
@@ -186,6 +197,7 @@ class DiffusionLM:
         key: int | Key[Array, ""] = 0,
         mask_id: int | None = None,
         row_ids: Sequence[int] | None = None,
+        watch: Watch | None = None,
     ) -> Generation:
         """Fill the masked positions of token sequences; every other token comes back as it was.
 
@@ -206,6 +218,7 @@ class DiffusionLM:
             key: seed or `jax.random` key.
             mask_id: overrides the model's mask id.
             row_ids: identity of each row for the random key.
+            watch: see `generate`.
 
         Raises:
             ValueError: names the argument, what came and what is allowed.
@@ -223,10 +236,14 @@ class DiffusionLM:
             align=self.config.block_length is not None)
         parts = make_parts(options, mask_id=mask_token, eos_ids=eos_ids, vocab_limit=self.vocab_limit,
                            forbidden=eos_ids)
-        got = self.decode(canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
-        whole = [row[valid] for row, valid in zip(got.canvas, got.canvas_mask, strict=True)]
-        text = None if self.tokenizer is None else [self.tokenizer.decode(row) for row in whole]
-        return dataclasses.replace(got, tokens=whole, text=text)
+        def whole(got: Generation) -> Generation:
+            rows = [row[valid] for row, valid in zip(got.canvas, got.canvas_mask, strict=True)]
+            text = None if self.tokenizer is None else [self.tokenizer.decode(row) for row in rows]
+            return dataclasses.replace(got, tokens=rows, text=text)
+
+        return whole(self.decode(
+            canvas, parts, guidance=guidance, key=key, row_ids=row_ids,
+            watch=None if watch is None else lambda got: watch(whole(got))))
 
     def stream(
         self,
@@ -249,7 +266,7 @@ class DiffusionLM:
         drafts: bool = True,
         streamer: Streamer | None = None,
     ) -> Iterator[StreamStep]:
-        """The same generation as `generate`, handed out while it happens.
+        """The same generation as `generate`, and the same programs, handed out while it happens.
 
         With `drafts` there is one `StreamStep` per denoising step, otherwise one per finished block (and
         one transfer to the host for each). The last step's tokens are those of `generate`. A Hugging Face
@@ -273,9 +290,9 @@ class DiffusionLM:
 
     def decode(
         self, canvas: Canvas, parts: Parts, *, guidance: float | None = None, eos_ids: Sequence[int] = (),
-        key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None,
+        key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None, watch: Watch | None = None,
     ) -> Generation:
-        """Decode a canvas of your own with parts of your own, in one jitted program: what `generate` ends in.
+        """Decode a canvas of your own with parts of your own, in one jitted loop: what `generate` ends in.
 
         Args:
             canvas: the same on every process of the mesh.
@@ -284,15 +301,22 @@ class DiffusionLM:
             eos_ids: at which completions are trimmed; none keeps every open position.
             key: as in `generate`.
             row_ids: as in `generate`.
+            watch: as in `generate`.
 
         Raises:
             ValueError: not one row id for each row, or a cache policy that is not for this model or canvas.
         """
         recipes.check_blocks(parts, self.config, block_length=canvas.block_length)
-        arguments = self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
-        with with_peers(self.mesh):
-            result = self.program.denoise(*arguments)
-            return to_generation(canvas, result, eos_ids=eos_ids, tokenizer=self.tokenizer)
+        run = _Run(self, canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
+        while True:
+            shown = run.advance()
+            with with_peers(self.mesh):
+                if not run.left or watch is not None:
+                    got = to_generation(canvas, shown, eos_ids=eos_ids, tokenizer=self.tokenizer)
+            if not run.left:
+                return got
+            if watch is not None:
+                watch(got)
 
     def update_params(self, params: Params, filter_types: Sequence[type[nnx.Variable[Any]]] | None = None) -> None:
         """Generate with new weights from the next call on; nothing is compiled for them.
@@ -326,8 +350,9 @@ class DiffusionLM:
         arrays = [np.pad(array, ((0, missing), (0, 0))) for array in (tokens, valid, positions)]
         program = self.program
         with with_peers(self.mesh):
-            got = program.logits(program.denoiser, self.params, *program.place_rows(tuple(arrays)))
-            return np.asarray(got)[: len(rows)]
+            got = program.run(
+                program.logits, program.denoiser, check_alive(self.params), *program.place_rows(tuple(arrays)))
+            return np.asarray(jax.device_get(got))[: len(rows)]
 
     def warmup(
         self, shapes: Sequence[tuple[int, int, int]], *, recipe: Recipe | None = None, block_length: int | None = None,
@@ -348,9 +373,7 @@ class DiffusionLM:
                                              align=False)
             # Nothing to decode: the program is compiled and its loop ends before the first step.
             idle = dataclasses.replace(canvas, is_masked=jnp.zeros_like(canvas.is_masked))
-            arguments = self._arguments(idle, parts, guidance=guidance, key=0, row_ids=None)
-            with with_peers(self.mesh):
-                jax.block_until_ready(self.program.denoise(*arguments))
+            _Run(self, idle, parts, guidance=guidance, key=0, row_ids=None).advance()
         return self.compile_count - before
 
     def memory_estimate(
@@ -404,20 +427,13 @@ class DiffusionLM:
         key: int | Key[Array, ""], row_ids: Sequence[int] | None, drafts: bool,
     ) -> Iterator[StreamStep]:
         reader = StreamReader(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer)
-        denoiser, params, canvas, key, parts, rows = self._arguments(
-            canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
-        with with_peers(self.mesh):
-            state, more = self.program.begin(denoiser, params, canvas, key, parts, rows)
-            left = bool(more)
+        run = _Run(self, canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
         block = 0
-        while left:
+        while run.left:
             block += 1
-            steps, before_block = (1, canvas.num_blocks) if drafts else (np.iinfo(np.int32).max, block)
-            limits = self.program.place((jnp.int32(steps), jnp.int32(before_block)))
+            shown = run.advance(steps=1) if drafts else run.advance(before_block=block)
             with with_peers(self.mesh):
-                state, shown, more = self.program.advance(denoiser, params, canvas, state, parts, *limits)
-                left = bool(more)
-                step = reader.read(shown, last=not left)
+                step = reader.read(shown, last=not run.left)
             yield step
 
     def _arguments(
@@ -440,7 +456,53 @@ class DiffusionLM:
         random_key = jax.random.key(key) if isinstance(key, int | np.integer) else key
         denoiser, padded, row_numbers = program.place_rows((denoiser, padded, row_numbers))
         random_key, parts = program.place((random_key, parts))
-        return denoiser, self.params, padded, random_key, parts, row_numbers
+        return denoiser, check_alive(self.params), padded, random_key, parts, row_numbers
+
+
+class _Run:
+    """One generation: the loop in stretches, with the host in between."""
+
+    def __init__(
+        self, lm: DiffusionLM, canvas: Canvas, parts: Parts, *, guidance: float | None, key: int | Key[Array, ""],
+        row_ids: Sequence[int] | None,
+    ) -> None:
+        self._program, self._mesh = lm.program, lm.mesh
+        self._denoiser, self._params, self._canvas, random_key, self._parts, rows = lm._arguments(
+            canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
+        self._pace = self._program.pace(canvas, parts)
+        self._iterations = 0
+        with with_peers(self._mesh), stretch():
+            self._state, self._left = self._program.run(
+                self._program.begin, self._denoiser, self._params, self._canvas, random_key, self._parts, rows)
+
+    @property
+    def left(self) -> bool:
+        """Whether anything is left to decode."""
+        with with_peers(self._mesh):
+            return bool(jax.device_get(self._left))
+
+    def advance(self, *, steps: int | None = None, before_block: int | None = None) -> Progress:
+        """The loop goes on: by so many steps, until that block is reached, or else for about `STRETCH_SECONDS`."""
+        end = self._canvas.num_blocks if before_block is None else before_block
+        while True:
+            shown, whole = self._stretch(self._pace.steps if steps is None else steps, end, timed=steps is None)
+            if before_block is None or not (whole and self.left):
+                return shown
+
+    def _stretch(self, steps: int, before_block: int, *, timed: bool) -> tuple[Progress, bool]:
+        """One stretch, and whether it took all its steps."""
+        check_alive(self._params)
+        limits = self._program.place((np.int32(steps), np.int32(before_block)))
+        started = time.perf_counter()
+        with with_peers(self._mesh), stretch():
+            self._state, shown, self._left = self._program.run(
+                self._program.advance, self._denoiser, self._params, self._canvas, self._state, self._parts, *limits)
+            wait(shown)
+            iterations, self._left = jax.device_get((shown.iterations, self._left))
+        taken, self._iterations = int(iterations) - self._iterations, int(iterations)
+        if timed and taken == steps:
+            self._pace.took(time.perf_counter() - started)
+        return shown, taken == steps
 
 
 def _nbytes(tree: Any) -> int:
