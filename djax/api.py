@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,22 +20,18 @@ from djax.calls import CallOptions, make_parts, resolve_ids
 from djax.canvas import Canvas
 from djax.config import ModelConfig
 from djax.distributed import with_peers
-from djax.generation import Generation, Streamer, StreamReader, StreamStep, feed, to_generation
-from djax.interrupts import stretch, wait
+from djax.generation import Generation, Streamer, StreamReader, StreamStep, Watch, feed
 from djax.memory import MemoryEstimate, estimate_memory
 from djax.models import Guided, Kernels, ModelDenoiser, build, kernels_on
 from djax.program import Program
 from djax.prompts import Prompt, shared_masked, shared_prompts
 from djax.recipes import Recipe
+from djax.running import Run
 from djax.sharding import Rules
-from djax.state import Parts, Progress
+from djax.state import Parts
 from djax.text import Tokenizer, has_tokenizer
 from djax.types import Denoiser, Params
 from djax.weights import accept, check_alive
-
-
-Watch = Callable[[Generation], None]
-"""Called with what a generation has reached."""
 
 
 def load(
@@ -145,8 +140,8 @@ class DiffusionLM:
         """Complete prompts in one jitted loop, which comes back to the host about twice a second.
 
         Ctrl-C raises KeyboardInterrupt there, in whichever thread this runs (while XLA compiles: when that is done);
-        `watch` has seen what was reached. A sweep of thresholds, temperatures, keys or EOS ids compiles nothing new, nor
-        do prompts whose lengths fall into the same bucket (`djax.canvas.bucket_size`); `compile_count` tells.
+        `watch` has seen what was reached. A sweep of thresholds, temperatures, keys or EOS ids compiles nothing new,
+        nor do prompts whose lengths fall into the same bucket (`djax.canvas.bucket_size`); `compile_count` tells.
 
         Args:
             prompts: texts (taken as they are), conversations (through the chat template) or token ids. On a mesh of
@@ -236,14 +231,10 @@ class DiffusionLM:
             align=self.config.block_length is not None)
         parts = make_parts(options, mask_id=mask_token, eos_ids=eos_ids, vocab_limit=self.vocab_limit,
                            forbidden=eos_ids)
-        def whole(got: Generation) -> Generation:
-            rows = [row[valid] for row, valid in zip(got.canvas, got.canvas_mask, strict=True)]
-            text = None if self.tokenizer is None else [self.tokenizer.decode(row) for row in rows]
-            return dataclasses.replace(got, tokens=rows, text=text)
-
-        return whole(self.decode(
+        tokenizer = self.tokenizer
+        return self.decode(
             canvas, parts, guidance=guidance, key=key, row_ids=row_ids,
-            watch=None if watch is None else lambda got: watch(whole(got))))
+            watch=None if watch is None else lambda got: watch(got.whole_rows(tokenizer))).whole_rows(tokenizer)
 
     def stream(
         self,
@@ -307,16 +298,8 @@ class DiffusionLM:
             ValueError: not one row id for each row, or a cache policy that is not for this model or canvas.
         """
         recipes.check_blocks(parts, self.config, block_length=canvas.block_length)
-        run = _Run(self, canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
-        while True:
-            shown = run.advance()
-            with with_peers(self.mesh):
-                if not run.left or watch is not None:
-                    got = to_generation(canvas, shown, eos_ids=eos_ids, tokenizer=self.tokenizer)
-            if not run.left:
-                return got
-            if watch is not None:
-                watch(got)
+        run = Run(self.program, *self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids))
+        return run.generation(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer, watch=watch)
 
     def update_params(self, params: Params, filter_types: Sequence[type[nnx.Variable[Any]]] | None = None) -> None:
         """Generate with new weights from the next call on; nothing is compiled for them.
@@ -373,7 +356,7 @@ class DiffusionLM:
                                              align=False)
             # Nothing to decode: the program is compiled and its loop ends before the first step.
             idle = dataclasses.replace(canvas, is_masked=jnp.zeros_like(canvas.is_masked))
-            _Run(self, idle, parts, guidance=guidance, key=0, row_ids=None).advance()
+            Run(self.program, *self._arguments(idle, parts, guidance=guidance, key=0, row_ids=None)).advance()
         return self.compile_count - before
 
     def memory_estimate(
@@ -427,7 +410,7 @@ class DiffusionLM:
         key: int | Key[Array, ""], row_ids: Sequence[int] | None, drafts: bool,
     ) -> Iterator[StreamStep]:
         reader = StreamReader(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer)
-        run = _Run(self, canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
+        run = Run(self.program, *self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids))
         block = 0
         while run.left:
             block += 1
@@ -457,52 +440,6 @@ class DiffusionLM:
         denoiser, padded, row_numbers = program.place_rows((denoiser, padded, row_numbers))
         random_key, parts = program.place((random_key, parts))
         return denoiser, check_alive(self.params), padded, random_key, parts, row_numbers
-
-
-class _Run:
-    """One generation: the loop in stretches, with the host in between."""
-
-    def __init__(
-        self, lm: DiffusionLM, canvas: Canvas, parts: Parts, *, guidance: float | None, key: int | Key[Array, ""],
-        row_ids: Sequence[int] | None,
-    ) -> None:
-        self._program, self._mesh = lm.program, lm.mesh
-        self._denoiser, self._params, self._canvas, random_key, self._parts, rows = lm._arguments(
-            canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
-        self._pace = self._program.pace(canvas, parts)
-        self._iterations = 0
-        with with_peers(self._mesh), stretch():
-            self._state, self._left = self._program.run(
-                self._program.begin, self._denoiser, self._params, self._canvas, random_key, self._parts, rows)
-
-    @property
-    def left(self) -> bool:
-        """Whether anything is left to decode."""
-        with with_peers(self._mesh):
-            return bool(jax.device_get(self._left))
-
-    def advance(self, *, steps: int | None = None, before_block: int | None = None) -> Progress:
-        """The loop goes on: by so many steps, until that block is reached, or else for about `STRETCH_SECONDS`."""
-        end = self._canvas.num_blocks if before_block is None else before_block
-        while True:
-            shown, whole = self._stretch(self._pace.steps if steps is None else steps, end, timed=steps is None)
-            if before_block is None or not (whole and self.left):
-                return shown
-
-    def _stretch(self, steps: int, before_block: int, *, timed: bool) -> tuple[Progress, bool]:
-        """One stretch, and whether it took all its steps."""
-        check_alive(self._params)
-        limits = self._program.place((np.int32(steps), np.int32(before_block)))
-        started = time.perf_counter()
-        with with_peers(self._mesh), stretch():
-            self._state, shown, self._left = self._program.run(
-                self._program.advance, self._denoiser, self._params, self._canvas, self._state, self._parts, *limits)
-            wait(shown)
-            iterations, self._left = jax.device_get((shown.iterations, self._left))
-        taken, self._iterations = int(iterations) - self._iterations, int(iterations)
-        if timed and taken == steps:
-            self._pace.took(time.perf_counter() - started)
-        return shown, taken == steps
 
 
 def _nbytes(tree: Any) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -81,6 +82,41 @@ class Generation:
         """TPF of each row, see `tokens_per_forward`."""
         return tokens_per_forward(self.lengths, self.nfe)
 
+    def whole_rows(self, tokenizer: Tokenizer | None) -> Generation:
+        """The same with `tokens` and `text` of whole rows, prompt and pinned tokens included."""
+        rows = [row[valid] for row, valid in zip(self.canvas, self.canvas_mask, strict=True)]
+        text = None if tokenizer is None else [tokenizer.decode(row) for row in rows]
+        return dataclasses.replace(self, tokens=rows, text=text)
+
+
+Watch = Callable[[Generation], None]
+"""Called with what a generation has reached."""
+
+
+def draft_texts(
+    canvas: Int[np.ndarray, "B T"], wanted: Bool[np.ndarray, "B T"], is_masked: Bool[np.ndarray, "B T"],
+    eos_ids: Sequence[int], tokenizer: Tokenizer | None,
+) -> list[str]:
+    """Each row's wanted positions as text, ids without a tokenizer: up to an EOS or the last that is decoded.
+
+    n masked positions before that are [MASK:n], as `djax infill` reads them.
+    """
+    texts = []
+    for tokens, here, masked in zip(canvas, wanted, is_masked, strict=True):
+        row, hidden = tokens[here], masked[here]
+        decoded = np.flatnonzero(~hidden)
+        ends = np.flatnonzero(~hidden & np.isin(row, np.asarray(eos_ids)))
+        stop = int(ends[0]) if len(ends) else int(decoded[-1]) + 1 if len(decoded) else 0
+        if len(ends):  # masked positions right before the EOS hold nothing yet
+            before = decoded[decoded < stop]
+            stop = int(before[-1]) + 1 if len(before) else 0
+        edges = [0, *(np.flatnonzero(np.diff(hidden[:stop])) + 1).tolist(), stop] if stop else []
+        texts.append("".join(
+            f"[MASK:{end - start}]" if hidden[start]
+            else " ".join(map(str, row[start:end])) if tokenizer is None else tokenizer.decode(row[start:end])
+            for start, end in itertools.pairwise(edges)))
+    return texts
+
 
 @dataclasses.dataclass(frozen=True)
 class StreamStep:
@@ -115,12 +151,9 @@ class StreamStep:
             generated_length(*row, self.eos_ids, done=not working)
             for *row, working in zip(self.tokens, self.is_open, self.is_masked, at_work, strict=True)], np.int32)
 
-    def reached(self, tokenizer: Tokenizer | None) -> tuple[list[str] | None, list[Int[np.ndarray, "n"]]]:
-        """Texts and tokens of the rows so far, drafts included, each up to its first masked position or its EOS."""
-        rows = [completion(*row, self.eos_ids)
-                for row in zip(self.tokens, self.is_open, self.is_masked, strict=True)]
-        texts = None if tokenizer is None else [tokenizer.decode(_without_eos(row, self.eos_ids)) for row in rows]
-        return texts, rows
+    def reached(self, tokenizer: Tokenizer | None) -> list[str]:
+        """The rows so far, drafts included, as `draft_texts`."""
+        return draft_texts(self.tokens, self.is_open, self.is_masked, self.eos_ids, tokenizer)
 
 
 class Streamer(Protocol):

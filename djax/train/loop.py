@@ -21,6 +21,7 @@ from djax.train.step import Report, Step, TrainState
 from djax.types import Params
 
 METRICS_NAME = "metrics.jsonl"
+CHECKPOINTS_NAME = "checkpoints"
 Metrics = dict[str, float]
 
 
@@ -80,7 +81,7 @@ def fit(
         OSError: something cannot be written; earlier checkpoints are whole.
     """
     meta = dict(meta or {})
-    checkpoints = None if directory is None else Checkpoints(directory / "checkpoints", keep=keep)
+    checkpoints = None if directory is None else Checkpoints(directory / CHECKPOINTS_NAME, keep=keep)
     try:
         if checkpoints is not None:
             state = _resume(checkpoints, state, meta)
