@@ -53,6 +53,7 @@ class Interruption:
         """Thread: on a signal wait for the command to end; then, or on a second one, end the process."""
         while not (got := os.read(source, 1)) or got[0] not in _SIGNALS:
             pass
+        self.code = 128 + got[0]
         again, _, _ = select.select([source], [], [], GRACE_SECONDS)
         if not again:
             teller = threading.Thread(target=self.report, daemon=True)  # a terminal that takes nothing would block it
