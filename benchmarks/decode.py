@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import checkpoint, report
 from benchmarks.engines import Case, Run, Worker
+from djax.generation import tokens_per_forward, tokens_per_second
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 RECIPES: dict[str, dict[str, Any]] = {
@@ -71,8 +72,8 @@ def engine_record(runs: Sequence[Run], case: Case, eos_id: int) -> dict[str, Any
         "seconds": dataclasses.asdict(seconds),
         "cpu_seconds": dataclasses.asdict(report.Spread.of([run.cpu_seconds for run in runs])),
         "nfe": nfe.tolist(), "forwards": count, "tokens": length.tolist(),
-        "tokens_per_forward": float(np.mean(length / nfe)),
-        "tokens_per_second": float(length.sum() / seconds.median),
+        "tokens_per_forward": float(tokens_per_forward(length.sum(), nfe.sum())),
+        "tokens_per_second": tokens_per_second(length, seconds.median),
         "milliseconds_per_forward": 1e3 * seconds.median / count,
     }
 

@@ -27,6 +27,7 @@ import djax
 from benchmarks import quality_report, report
 from djax import assets, recipes
 from djax.cache_policies import Dual
+from djax.generation import tokens_per_forward, tokens_per_second
 from djax.recipes import Recipe
 from djax.train import tasks
 
@@ -132,8 +133,9 @@ def summarize(cases: Sequence[Case], log: Log) -> list[dict[str, Any]]:
             **dataclasses.asdict(case), **_accuracy(mine, "exact"),
             "difference": _difference(mine, reference), "final": _accuracy(mine, "final")["accuracy"],
             "nfe": _total(mine, "nfe") / sum(len(outcome.nfe) for outcome in mine.values()),
-            "tokens_per_forward": _total(mine, "tokens") / _total(mine, "nfe"),
-            "tokens_per_second": _total(mine, "tokens") / sum(outcome.seconds for outcome in mine.values()),
+            "tokens_per_forward": float(tokens_per_forward(_total(mine, "tokens"), _total(mine, "nfe"))),
+            "tokens_per_second": tokens_per_second(
+                _total(mine, "tokens"), sum(outcome.seconds for outcome in mine.values())),
             "speedup": dataclasses.asdict(report.Spread.of(ratios)) if ratios else None,
             "prompts": sum(len(outcome.exact) for outcome in mine.values()),
             "tasks": {task: _task(mine, task) for task in sorted({key[0] for key in mine})}})
@@ -176,7 +178,7 @@ def _difference(outcomes: _Outcomes, reference: Mapping[tuple[str, int], Outcome
 def _task(outcomes: _Outcomes, task: str) -> dict[str, float]:
     mine = {key: outcome for key, outcome in outcomes.items() if key[0] == task}
     return {"accuracy": _accuracy(mine, "exact")["accuracy"], "prompts": len(_flags(mine, task, "exact")),
-            "tokens_per_forward": _total(mine, "tokens") / _total(mine, "nfe")}
+            "tokens_per_forward": float(tokens_per_forward(_total(mine, "tokens"), _total(mine, "nfe")))}
 
 
 def batches(prompts: int, size: int) -> Iterator[tuple[str, int, list[tasks.Example]]]:

@@ -20,17 +20,18 @@ from djax.calls import CallOptions, make_parts, resolve_ids
 from djax.canvas import Canvas
 from djax.config import ModelConfig
 from djax.distributed import with_peers
-from djax.generation import Generation, Streamer, StreamReader, StreamStep, feed, to_generation
+from djax.generation import Generation, Streamer, StreamReader, StreamStep, Watch, feed
 from djax.memory import MemoryEstimate, estimate_memory
 from djax.models import Guided, Kernels, ModelDenoiser, build, kernels_on
 from djax.program import Program
 from djax.prompts import Prompt, shared_masked, shared_prompts
 from djax.recipes import Recipe
+from djax.running import Run
 from djax.sharding import Rules
-from djax.state import Parts, stop_reasons
+from djax.state import Parts
 from djax.text import Tokenizer, has_tokenizer
 from djax.types import Denoiser, Params
-from djax.weights import accept
+from djax.weights import accept, check_alive
 
 
 def load(
@@ -142,11 +143,13 @@ class DiffusionLM:
         stop_on_eos: bool = True,
         align: bool = False,
         row_ids: Sequence[int] | None = None,
+        watch: Watch | None = None,
     ) -> Generation:
-        """Complete prompts in one jitted program.
+        """Complete prompts in one jitted loop, which comes back to the host about twice a second.
 
-        A sweep of thresholds, temperatures, keys or EOS ids compiles nothing new, nor do prompts whose
-        lengths fall into the same bucket (`djax.canvas.bucket_size`); `compile_count` tells.
+        Ctrl-C raises KeyboardInterrupt there, in whichever thread this runs (while XLA compiles: when that is done);
+        `watch` has seen what was reached. A sweep of thresholds, temperatures, keys or EOS ids compiles nothing new,
+        nor do prompts whose lengths fall into the same bucket (`djax.canvas.bucket_size`); `compile_count` tells.
 
         Args:
             prompts: texts (taken as they are), conversations (through the chat template) or token ids. On a mesh of
@@ -168,6 +171,8 @@ class DiffusionLM:
             align: put block boundaries on multiples of `block_length` from each row's start; always for a model with
                 blocks.
             row_ids: identity of each row for the random key; rows keep their samples when a batch is cut.
+            watch: called with what has been reached after each stretch of the loop but the last; rows still at work
+                have the stop reason "interrupted". What it raises ends the generation.
 
         Raises:
             ValueError: names the argument, what came and what is allowed.
@@ -177,7 +182,8 @@ class DiffusionLM:
             top_p=top_p, min_p=min_p, guidance=guidance, mask_id=mask_id, eos_id=eos_id, stop_on_eos=stop_on_eos)
         canvas, parts, eos_ids = self._prepare(
             prompts, options, max_new_tokens=max_new_tokens, align=align, key=key, row_ids=row_ids)
-        return self.decode(canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids)
+        return self.decode(
+            canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids, watch=watch)
 
     def infill(
         self,
@@ -194,6 +200,7 @@ class DiffusionLM:
         key: int | Key[Array, ""] = 0,
         mask_id: int | None = None,
         row_ids: Sequence[int] | None = None,
+        watch: Watch | None = None,
     ) -> Generation:
         """Fill the masked positions of token sequences; every other token comes back as it was.
 
@@ -214,6 +221,7 @@ class DiffusionLM:
             key: seed or `jax.random` key.
             mask_id: overrides the model's mask id.
             row_ids: identity of each row for the random key.
+            watch: see `generate`.
 
         Raises:
             ValueError: names the argument, what came and what is allowed.
@@ -231,10 +239,10 @@ class DiffusionLM:
             align=self.config.block_length is not None)
         parts = make_parts(options, mask_id=mask_token, eos_ids=eos_ids, vocab_limit=self.vocab_limit,
                            forbidden=eos_ids)
-        got = self.decode(canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
-        whole = [row[valid] for row, valid in zip(got.canvas, got.canvas_mask, strict=True)]
-        text = None if self.tokenizer is None else [self.tokenizer.decode(row) for row in whole]
-        return dataclasses.replace(got, tokens=whole, text=text)
+        tokenizer = self.tokenizer
+        return self.decode(
+            canvas, parts, guidance=guidance, key=key, row_ids=row_ids,
+            watch=None if watch is None else lambda got: watch(got.whole_rows(tokenizer))).whole_rows(tokenizer)
 
     def stream(
         self,
@@ -257,7 +265,7 @@ class DiffusionLM:
         drafts: bool = True,
         streamer: Streamer | None = None,
     ) -> Iterator[StreamStep]:
-        """The same generation as `generate`, handed out while it happens.
+        """The same generation as `generate`, and the same programs, handed out while it happens.
 
         With `drafts` there is one `StreamStep` per denoising step, otherwise one per finished block (and
         one transfer to the host for each). The last step's tokens are those of `generate`. A Hugging Face
@@ -281,9 +289,9 @@ class DiffusionLM:
 
     def decode(
         self, canvas: Canvas, parts: Parts, *, guidance: float | None = None, eos_ids: Sequence[int] = (),
-        key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None,
+        key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None, watch: Watch | None = None,
     ) -> Generation:
-        """Decode a canvas of your own with parts of your own, in one jitted program: what `generate` ends in.
+        """Decode a canvas of your own with parts of your own, in one jitted loop: what `generate` ends in.
 
         Args:
             canvas: the same on every process of the mesh.
@@ -292,16 +300,14 @@ class DiffusionLM:
             eos_ids: at which completions are trimmed; none keeps every open position.
             key: as in `generate`.
             row_ids: as in `generate`.
+            watch: as in `generate`.
 
         Raises:
             ValueError: not one row id for each row, or a cache policy that is not for this model or canvas.
         """
         recipes.check_blocks(parts, self.config, block_length=canvas.block_length)
-        arguments = self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
-        with with_peers(self.mesh):
-            result = self.program.denoise(*arguments)
-            return to_generation(canvas, result, eos_ids=eos_ids, tokenizer=self.tokenizer,
-                                 reasons=stop_reasons(parts.stop_rule))
+        run = Run(self.program, *self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids))
+        return run.generation(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer, watch=watch)
 
     def update_params(self, params: Params, filter_types: Sequence[type[nnx.Variable[Any]]] | None = None) -> None:
         """Generate with new weights from the next call on; nothing is compiled for them.
@@ -335,8 +341,9 @@ class DiffusionLM:
         arrays = [np.pad(array, ((0, missing), (0, 0))) for array in (tokens, valid, positions)]
         program = self.program
         with with_peers(self.mesh):
-            got = program.logits(program.denoiser, self.params, *program.place_rows(tuple(arrays)))
-            return np.asarray(got)[: len(rows)]
+            got = program.run(
+                program.logits, program.denoiser, check_alive(self.params), *program.place_rows(tuple(arrays)))
+            return np.asarray(jax.device_get(got))[: len(rows)]
 
     def warmup(
         self, shapes: Sequence[tuple[int, int, int]], *, recipe: Recipe | None = None, block_length: int | None = None,
@@ -357,9 +364,7 @@ class DiffusionLM:
                                              align=False)
             # Nothing to decode: the program is compiled and its loop ends before the first step.
             idle = dataclasses.replace(canvas, is_masked=jnp.zeros_like(canvas.is_masked))
-            arguments = self._arguments(idle, parts, guidance=guidance, key=0, row_ids=None)
-            with with_peers(self.mesh):
-                jax.block_until_ready(self.program.denoise(*arguments))
+            Run(self.program, *self._arguments(idle, parts, guidance=guidance, key=0, row_ids=None)).advance()
         return self.compile_count - before
 
     def memory_estimate(
@@ -413,20 +418,13 @@ class DiffusionLM:
         key: int | Key[Array, ""], row_ids: Sequence[int] | None, drafts: bool,
     ) -> Iterator[StreamStep]:
         reader = StreamReader(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer)
-        denoiser, params, canvas, key, parts, rows = self._arguments(
-            canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
-        with with_peers(self.mesh):
-            state, more = self.program.begin(denoiser, params, canvas, key, parts, rows)
-            left = bool(more)
+        run = Run(self.program, *self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids))
         block = 0
-        while left:
+        while run.left:
             block += 1
-            steps, before_block = (1, canvas.num_blocks) if drafts else (np.iinfo(np.int32).max, block)
-            limits = self.program.place((jnp.int32(steps), jnp.int32(before_block)))
+            shown = run.advance(steps=1) if drafts else run.advance(before_block=block)
             with with_peers(self.mesh):
-                state, shown, more = self.program.advance(denoiser, params, canvas, state, parts, *limits)
-                left = bool(more)
-                step = reader.read(shown, last=not left)
+                step = reader.read(shown, last=not run.left)
             yield step
 
     def _arguments(
@@ -449,7 +447,7 @@ class DiffusionLM:
         random_key = jax.random.key(key) if isinstance(key, int | np.integer) else key
         denoiser, padded, row_numbers = program.place_rows((denoiser, padded, row_numbers))
         random_key, parts = program.place((random_key, parts))
-        return denoiser, self.params, padded, random_key, parts, row_numbers
+        return denoiser, check_alive(self.params), padded, random_key, parts, row_numbers
 
 
 def _nbytes(tree: Any) -> int:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +17,7 @@ from typer.core import TyperCommand
 
 from djax.cli_cache import COMPILE_CACHE_HELP, use_compile_cache
 from djax.cli_errors import OneLineGroup, WrongInput, shown
+from djax.cli_interrupt import interruptible, reaching
 from djax.cli_mesh import Place, place
 from djax.cli_options import (
     DISTRIBUTED_HELP,
@@ -54,8 +53,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def main() -> None:
-    """Run the command line; exits with 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
-    app()
+    """Run the command line; exits with 0, 1 (failed), 2 (wrong input), or 130, 143 or 129 (SIGINT, SIGTERM, SIGHUP)."""
+    with interruptible():
+        app()
 
 
 @app.callback(invoke_without_command=True)
@@ -102,7 +102,7 @@ def generate(
     _check_sampling(sampling)
     _at_least("--max-new-tokens", length.max_new_tokens, 1)
     from djax.cli_input import read_prompts
-    from djax.cli_output import print_json, print_texts
+    from djax.cli_output import Reached, print_generation
 
     where = _place(model.mesh, model.distributed)
     prompts = where.read(
@@ -114,13 +114,12 @@ def generate(
         if live:
             _generate_live(lm, lm.stream(prompts, **arguments), sampling.block_length)
             return
-        generation = lm.generate(prompts, **arguments)
-    if not where.first:
-        return
-    if json or json_full:
-        print_json(generation, full=json_full)
-    else:
-        print_texts(generation.text, generation.tokens)
+        reached = Reached(as_json=json or json_full, full=json_full, prints=where.first, eos_ids=(lm.config.eos_id,),
+                          tokenizer=lm.tokenizer)
+        with reaching(reached.tell):
+            generation = lm.generate(prompts, **arguments, watch=reached.put)
+    if where.first:
+        print_generation(generation, as_json=json or json_full, full=json_full)
 
 
 @app.command()
@@ -140,7 +139,7 @@ def infill(
     """Fill in the masked positions of a text; everything else stays as it is."""
     _check_sampling(sampling)
     from djax.cli_input import read_masked_ids, read_stdin, read_template
-    from djax.cli_output import print_json, print_texts
+    from djax.cli_output import Reached, print_generation
 
     if template is not None and token_ids is not None:
         raise WrongInput("--token-ids", "TEMPLATE and --token-ids together", allowed="one of them", do="drop one")
@@ -160,13 +159,12 @@ def infill(
 
     with _fields_as_flags():
         rows, masks = where.read(read, "token ids")
-        generation = lm.infill(rows, masks, **arguments)
-    if not where.first:
-        return
-    if json or json_full:
-        print_json(generation, full=json_full)
-    else:
-        print_texts(generation.text, generation.tokens)
+        reached = Reached(as_json=json or json_full, full=json_full, prints=where.first, eos_ids=(),
+                          tokenizer=lm.tokenizer, whole=True)
+        with reaching(reached.tell):
+            generation = lm.infill(rows, masks, **arguments, watch=reached.put)
+    if where.first:
+        print_generation(generation, as_json=json or json_full, full=json_full)
 
 
 @app.command()
@@ -189,7 +187,8 @@ def convert(
 
     found = assets.resolve(source)
     where = _place(mesh, distributed)
-    with _terminable(), _fields_as_flags(), _progress("converting", where) as progress:
+    with reaching(lambda: f"interrupted; {destination} is as it was"), _fields_as_flags(), \
+            _progress("converting", where) as progress:
         written = converter.convert(
             found, destination, dtype=dtype, overwrite=force, mesh=where.mesh, progress=progress)
     if where.first:
@@ -213,10 +212,10 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train or fine-tune a model; run again, it goes on where it stopped."""
-    from djax.cli_train import run
+    from djax.cli_train import reached, run
 
     use_compile_cache(not no_compile_cache)
-    with _terminable():
+    with reaching(lambda: reached(Path(config))):
         print(run(Path(config)))
 
 
@@ -308,16 +307,26 @@ def _load(model: ModelFlags, where: Place) -> DiffusionLM:
 
 def _generate_live(lm: DiffusionLM, steps: Iterator[StreamStep], block_length: int) -> None:
     """Draw the stream, then print the completions and, on standard error, what they took."""
-    from djax.cli_output import Collector, print_texts
+    from djax.cli_output import print_texts
     from djax.live import LiveCanvas
 
-    collected = Collector()
     view = LiveCanvas(tokenizer=lm.tokenizer, block_length=block_length)
-    last = view.run(collected.take(steps))
-    print_texts(collected.texts, collected.tokens)
-    if last is not None:
-        sys.stdout.flush()
-        print(view.status(last), file=sys.stderr)
+
+    def show() -> None:
+        view.close()
+        if view.last is not None:
+            print_texts(view.last.reached(lm.tokenizer), view.last.tokens)
+            sys.stdout.flush()
+
+    def tell() -> str:
+        show()
+        return "interrupted" + ("" if view.last is None else f"; {view.status(view.last)}")
+
+    with reaching(tell):
+        view.run(steps)
+        show()
+    if view.last is not None:
+        print(view.status(view.last), file=sys.stderr)
 
 
 def _wants_live(live: bool | None, *, json: bool, distributed: bool) -> bool:
@@ -391,20 +400,6 @@ def _progress(label: str, where: Place) -> Iterator[Callable[[int, int], None] |
             bar.update(task, completed=done, total=total)
 
         yield progress
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """A terminated conversion cleans up like an interrupted one."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

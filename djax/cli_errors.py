@@ -13,6 +13,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from djax import cli_interrupt
+
 WRONG_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130
@@ -57,6 +59,13 @@ class OneLineGroup(TyperGroup):
 
     `--debug`, anywhere before `--`, lets exceptions through with their traceback.
     """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a KeyboardInterrupt ends it with what was reached (`djax.cli_interrupt`)."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(cli_interrupt.report()) from None
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **extra: Any) -> Any:
         """Run a command line and exit with its code; `standalone_mode` is accepted and has no effect."""

@@ -6,13 +6,14 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from djax.generation import Generation, StreamStep
+from djax.generation import Generation, draft_texts
 from djax.live import printable
+from djax.text import Tokenizer
 
 
 def print_texts(texts: Sequence[str] | None, tokens: Sequence[np.ndarray]) -> None:
@@ -26,6 +27,46 @@ def print_json(generation: Generation, *, full: bool) -> None:
     """One JSON object per line and prompt; `full` as in `json_row`."""
     for row in range(len(generation.tokens)):
         write_line(json.dumps(json_row(generation, row, full=full), ensure_ascii=False, allow_nan=False))
+
+
+class Reached:
+    """What a generation has reached, for the case that it is interrupted; give `put` to `generate(watch=)`.
+
+    JSON rows have the stop reason "interrupted"; in a text masked positions are [MASK:n].
+    """
+
+    def __init__(
+        self, *, as_json: bool, full: bool, prints: bool, eos_ids: Sequence[int], tokenizer: Tokenizer | None,
+        whole: bool = False,
+    ) -> None:
+        """`prints`: whether this process is the one that prints; `whole`: show whole rows and not completions."""
+        self._as_json, self._full, self._prints, self._whole = as_json, full, prints, whole
+        self._eos_ids, self._tokenizer = eos_ids, tokenizer
+        self._latest: Generation | None = None
+
+    def put(self, generation: Generation) -> None:
+        """Remember it in the place of the one before."""
+        self._latest = generation
+
+    def tell(self) -> str:
+        """Print it as if it were the end; what there is to say about it."""
+        got = self._latest
+        if got is None:
+            return "interrupted before the first denoising step was done"
+        if self._prints and self._as_json:
+            print_json(got, full=self._full)
+        elif self._prints:
+            wanted = got.canvas_mask if self._whole else got.is_open
+            print_texts(draft_texts(got.canvas, wanted, got.is_masked, self._eos_ids, self._tokenizer), got.tokens)
+        return f"interrupted after {int(got.steps.max())} denoising steps; what was reached is on standard output"
+
+
+def print_generation(generation: Generation, *, as_json: bool, full: bool) -> None:
+    """As JSON lines, `full` as in `json_row`, or as texts."""
+    if as_json:
+        print_json(generation, full=full)
+    else:
+        print_texts(generation.text, generation.tokens)
 
 
 def json_row(generation: Generation, row: int, *, full: bool) -> dict[str, Any]:
@@ -98,25 +139,6 @@ def _starred(name: str) -> str:
 
 def _times(count: int) -> str:
     return f"{count} x " if count > 1 else ""
-
-
-class Collector:
-    """Gathers the completions of a stream on its way to a viewer."""
-
-    def __init__(self) -> None:
-        self.tokens: list[np.ndarray] = []
-        self.texts: list[str] | None = None
-
-    def take(self, steps: Iterable[StreamStep]) -> Iterator[StreamStep]:
-        """The same steps, remembered."""
-        for step in steps:
-            if not self.tokens:
-                self.tokens = [np.zeros(0, np.int32) for _ in step.committed]
-                self.texts = None if step.text is None else [""] * len(step.committed)
-            self.tokens = [np.concatenate(pair) for pair in zip(self.tokens, step.committed, strict=True)]
-            if self.texts is not None and step.text is not None:
-                self.texts = ["".join(pair) for pair in zip(self.texts, step.text, strict=True)]
-            yield step
 
 
 def write_line(text: str) -> None:

@@ -12,6 +12,7 @@ from djax.api import DiffusionLM, load
 from djax.models import init_params
 from djax.sharding import make_mesh
 from djax.train import TrainConfig, read_config
+from djax.train.loop import CHECKPOINTS_NAME
 from djax.train.run import make_batches, make_source, train
 from djax.types import Params
 
@@ -45,6 +46,14 @@ def run(path: Path) -> Path:
     return save(
         output / MODEL_NAME, jax.tree.map(lambda leaf: leaf.astype(dtype), trained), config=model, overwrite=True,
         text_files=source)
+
+
+def reached(path: Path) -> str:
+    """What an interrupted run has kept, and how to go on."""
+    directory = Path(read_config(path).training.output) / CHECKPOINTS_NAME
+    steps = [int(entry.name) for entry in directory.glob("*") if entry.name.isdecimal()]
+    kept = f"a checkpoint of update {max(steps)} is kept" if steps else "no checkpoint was written yet"
+    return f"interrupted; {kept} in {directory.parent}; the same command goes on from there"
 
 
 def _start(lm: DiffusionLM, config: TrainConfig) -> Params:

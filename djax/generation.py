@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
 
 from djax import struct
 from djax.canvas import Canvas
-from djax.state import Progress, Result
+from djax.state import Progress
 from djax.text import TextStream, Tokenizer
+
+INTERRUPTED = "interrupted"
+"""Stop reason of a row that is still at work."""
+
+
+def tokens_per_forward(lengths: ArrayLike, forwards: ArrayLike) -> Float[np.ndarray, "..."]:
+    """TPF: generated tokens up to and including the first EOS, for each forward; 0 where there was nothing to do.
+
+    What fills a row after its EOS is not generated. Of a batch, the rows' tokens over the rows' forwards: pass sums.
+    """
+    tokens, count = np.asarray(lengths, float), np.asarray(forwards, float)
+    return np.divide(tokens, count, out=np.zeros(np.broadcast(tokens, count).shape), where=count > 0)
+
+
+def tokens_per_second(lengths: ArrayLike, seconds: float) -> float:
+    """TPS: the tokens that TPF counts, of all rows, for each second of wall time after warm-up."""
+    return float(np.sum(lengths) / seconds) if seconds > 0 else 0.0
+
+
+def generated_length(
+    tokens: Int[np.ndarray, "T"], is_open: Bool[np.ndarray, "T"], is_masked: Bool[np.ndarray, "T"],
+    eos_ids: Sequence[int], *, done: bool,
+) -> int:
+    """How many tokens of a row TPF counts: its completion's, or while it is at work what is decoded up to an EOS."""
+    if done:
+        return len(completion(tokens, is_open, is_masked, eos_ids))
+    decoded = is_open & ~is_masked
+    ends = np.flatnonzero(decoded & np.isin(tokens, np.asarray(eos_ids)))
+    return int(decoded[: ends[0] + 1 if len(ends) else len(decoded)].sum())
 
 
 class _Compared:
@@ -52,7 +83,8 @@ class Generation(_Compared):
     refreshes: Int[np.ndarray, "B"]
     """How many steps recomputed the whole canvas."""
     stop_reason: list[str]
-    """"length", "eos", "nan" or "max_steps" per row, or a reason of the recipe's own stop rule."""
+    """"length", "eos", "nan" or "max_steps" per row, or a reason of the recipe's own stop rule; "interrupted" for one
+    that is still at work (see `watch`)."""
     commit_step: Int[np.ndarray, "B T"]
     """The row's step (from 0) that committed each position; -1 for pinned, filled and masked ones."""
     log_prob: Float[np.ndarray, "B T"]
@@ -60,8 +92,43 @@ class Generation(_Compared):
 
     @property
     def tokens_per_forward(self) -> Float[np.ndarray, "B"]:
-        """TPF: `lengths / nfe`; 0 where there was nothing to do."""
-        return np.divide(self.lengths, self.nfe, out=np.zeros(len(self.nfe)), where=self.nfe > 0)
+        """TPF of each row, see `tokens_per_forward`."""
+        return tokens_per_forward(self.lengths, self.nfe)
+
+    def whole_rows(self, tokenizer: Tokenizer | None) -> Generation:
+        """The same with `tokens` and `text` of whole rows, prompt and pinned tokens included."""
+        rows = [row[valid] for row, valid in zip(self.canvas, self.canvas_mask, strict=True)]
+        text = None if tokenizer is None else [tokenizer.decode(row) for row in rows]
+        return dataclasses.replace(self, tokens=rows, text=text)
+
+
+Watch = Callable[[Generation], None]
+"""Called with what a generation has reached."""
+
+
+def draft_texts(
+    canvas: Int[np.ndarray, "B T"], wanted: Bool[np.ndarray, "B T"], is_masked: Bool[np.ndarray, "B T"],
+    eos_ids: Sequence[int], tokenizer: Tokenizer | None,
+) -> list[str]:
+    """Each row's wanted positions as text, ids without a tokenizer: up to an EOS or the last that is decoded.
+
+    n masked positions before that are [MASK:n], as `djax infill` reads them.
+    """
+    texts = []
+    for tokens, here, masked in zip(canvas, wanted, is_masked, strict=True):
+        row, hidden = tokens[here], masked[here]
+        decoded = np.flatnonzero(~hidden)
+        ends = np.flatnonzero(~hidden & np.isin(row, np.asarray(eos_ids)))
+        stop = int(ends[0]) if len(ends) else int(decoded[-1]) + 1 if len(decoded) else 0
+        if len(ends):  # masked positions right before the EOS hold nothing yet
+            before = decoded[decoded < stop]
+            stop = int(before[-1]) + 1 if len(before) else 0
+        edges = [0, *(np.flatnonzero(np.diff(hidden[:stop])) + 1).tolist(), stop] if stop else []
+        texts.append("".join(
+            f"[MASK:{end - start}]" if hidden[start]
+            else " ".join(map(str, row[start:end])) if tokenizer is None else tokenizer.decode(row[start:end])
+            for start, end in itertools.pairwise(edges)))
+    return texts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,6 +155,20 @@ class StreamStep(_Compared):
     """Block that the last step worked on."""
     nfe: Int[np.ndarray, "B"]
     done: Bool[np.ndarray, "B"]
+    eos_ids: tuple[int, ...] = ()
+    """What ends a row's text."""
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "B"]:
+        """Generated tokens of each row so far, up to and including the first EOS: what fills a row is not counted."""
+        at_work = (self.is_masked & self.is_open).any(-1) & ~self.done
+        return np.asarray([
+            generated_length(*row, self.eos_ids, done=not working)
+            for *row, working in zip(self.tokens, self.is_open, self.is_masked, at_work, strict=True)], np.int32)
+
+    def reached(self, tokenizer: Tokenizer | None) -> list[str]:
+        """The rows so far, drafts included, as `draft_texts`."""
+        return draft_texts(self.tokens, self.is_open, self.is_masked, self.eos_ids, tokenizer)
 
 
 class Streamer(Protocol):
@@ -114,22 +195,24 @@ def completion(
 
 
 def to_generation(
-    canvas: Canvas, result: Result, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None, reasons: Sequence[str],
+    canvas: Canvas, progress: Progress, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None, reasons: Sequence[str],
 ) -> Generation:
-    """Fetch a result to the host and cut the completions out of it.
+    """Fetch a state of the loop to the host and cut the completions out of it.
 
-    `reasons` names the numbers in `result.stop_reason` (`djax.state.stop_reasons`).
+    `reasons` names the numbers in `progress.stop_reason` (`djax.state.stop_reasons`).
     """
-    got, is_open = jax.device_get((result, canvas.is_masked))
+    got, is_open, valid = jax.device_get((progress, canvas.is_masked, canvas.valid))
     # on a mesh there may be rows behind the canvas' own
-    got = jax.tree.map(lambda array: array[:canvas.batch], got)
+    got = jax.tree.map(lambda array: array[:canvas.batch] if array.ndim else array, got)
+    working = (got.is_masked & is_open).any(-1) & ~got.done
     tokens = [completion(*row, eos_ids) for row in zip(got.tokens, is_open, got.is_masked, strict=True)]
     return Generation(
         text=None if tokenizer is None else [tokenizer.decode(_without_eos(row, eos_ids)) for row in tokens],
-        tokens=tokens, canvas=got.tokens, canvas_mask=got.valid, is_open=is_open, is_masked=got.is_masked,
-        lengths=np.asarray([len(row) for row in tokens], np.int32), nfe=got.nfe, steps=got.steps,
+        tokens=tokens, canvas=got.tokens, canvas_mask=valid, is_open=is_open, is_masked=got.is_masked,
+        lengths=np.asarray([len(row) for row in tokens], np.int32), nfe=got.nfe, steps=got.step,
         refreshes=got.refreshes,
-        stop_reason=[reasons[reason] for reason in got.stop_reason],
+        stop_reason=[INTERRUPTED if at_work else reasons[reason]
+                     for reason, at_work in zip(got.stop_reason, working, strict=True)],
         commit_step=got.commit_step, log_prob=got.log_prob)
 
 
@@ -164,7 +247,7 @@ class StreamReader:
             tokens=tokens, is_masked=is_masked, valid=self._valid, is_open=self._is_open,
             generated=slice(first, self._canvas.length), committed=committed, text=text,
             draft=[tokens[row][here] for row, here in enumerate(ahead)], draft_text=drafts,
-            block=int(got.block), nfe=nfe, done=done)
+            block=int(got.block), nfe=nfe, done=done, eos_ids=tuple(self._eos_ids))
 
     def _final(self, row: int, tokens: np.ndarray, is_masked: np.ndarray, done: bool) -> Int[np.ndarray, "n"]:
         """Tokens of the row's finished blocks; a position of an unfinished one might still be reopened."""

@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from djax.generation import StreamStep
+from djax.generation import StreamStep, tokens_per_forward, tokens_per_second
 from djax.text import Tokenizer
 
 FINAL, DRAFT, NEW, MASKED, STATUS = "", "cyan", "bold black on green", "dim", "dim"
@@ -49,29 +49,38 @@ class LiveCanvas:
         self._started: float | None = None
         self._before_start = 0
         self._steps = 0
+        self._live: Live | None = None
+        self.last: StreamStep | None = None
+        """The last step that came."""
         self._drawn: Bool[np.ndarray, "B T"] | None = None
         """Which positions were decoded in the last frame drawn."""
 
     def run(self, steps: Iterable[StreamStep]) -> StreamStep | None:
         """Draw steps until they end; the view then disappears. Returns the last step, None if there was none."""
-        last, drawn_at = None, -1.0
+        drawn_at, self.last = -1.0, None
         with Live(console=self.console, transient=True, auto_refresh=False, vertical_overflow="crop") as live:
+            self._live = live
             live.update(Text("compiling", style=STATUS), refresh=True)
             for step in steps:
                 self.count(step)
-                last = step
+                self.last = step
                 now = self._clock()
                 # Drawing costs more than a denoising step: a frame shows all that happened since the last one.
                 if now - drawn_at >= _FRAME_SECONDS:
                     live.update(self.render(step), refresh=True)
                     drawn_at = now
-        return last
+        return self.last
+
+    def close(self) -> None:
+        """Take the view away and give the terminal back, from any thread; once it is gone this does nothing."""
+        if self._live is not None:
+            self._live.stop()
 
     def count(self, step: StreamStep) -> None:
         """Take note of a step. The clock starts at the first one, which holds the compilation."""
         self._steps += 1
         if self._started is None:
-            self._started, self._before_start = self._clock(), _decoded(step)
+            self._started, self._before_start = self._clock(), int(step.lengths.sum())
 
     def render(self, step: StreamStep) -> Group:
         """A frame: the tail of each row that fits the terminal, and the status line."""
@@ -93,15 +102,15 @@ class LiveCanvas:
         return Group(*lines, Text(self.status(step), style=STATUS, no_wrap=True, overflow="ellipsis"))
 
     def status(self, step: StreamStep) -> str:
-        """Block, step, forwards (of the row that had most), tokens per forward and tokens per second."""
-        decoded, forwards = _decoded(step), int(step.nfe.sum())
+        """Block, step, forwards (of the row that had most), and TPF and TPS over all rows."""
+        generated = int(step.lengths.sum())
         open_width = int(step.is_open.sum(-1).max())
         blocks = max(-(-open_width // self._block_length), step.block + 1)
         seconds = 0.0 if self._started is None else self._clock() - self._started
         parts = [f"block {step.block + 1}/{blocks}", f"step {self._steps}", f"NFE {int(step.nfe.max())}",
-                 f"{decoded / max(forwards, 1):.2f} tokens/forward"]
-        if seconds > 0 and decoded > self._before_start:
-            parts.append(f"{(decoded - self._before_start) / seconds:.0f} tokens/s")
+                 f"{float(tokens_per_forward(generated, step.nfe.sum())):.2f} tokens/forward"]
+        if seconds > 0 and generated > self._before_start:
+            parts.append(f"{tokens_per_second(generated - self._before_start, seconds):.0f} tokens/s")
         return "  ".join(parts)
 
     def _row(self, step: StreamStep, row: int, new: Bool[np.ndarray, "T"]) -> Text:
@@ -134,10 +143,6 @@ def _visible(character: str) -> str:
         return character
     code = ord(character)
     return chr(0x2400 + code) if code < 32 else "\N{SYMBOL FOR DELETE}" if code == 127 else "\N{REPLACEMENT CHARACTER}"
-
-
-def _decoded(step: StreamStep) -> int:
-    return int((step.is_open & ~step.is_masked).sum())
 
 
 def _runs(values: Bool[np.ndarray, "n"] | Int[np.ndarray, "n"]) -> list[tuple[int, int]]:

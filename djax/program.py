@@ -10,7 +10,7 @@ ambient one is never read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from djax.canvas import Canvas
 from djax.config import ModelConfig
 from djax.denoise import advance, begin, denoise, unfinished
+from djax.distributed import spans_processes
+from djax.interrupts import Hold, Pace
 from djax.models import Kernels, ModelDenoiser, Parallel, abstract_params, build, logical_axes, parallel_on
 from djax.part_shapes import AXES
 from djax.sharding import Rules, check_rules, mesh_axes, rules_for, shardings
@@ -83,15 +85,29 @@ class Program:
         self.denoiser = ModelDenoiser(nnx.split(build(config, kernels=kernels, parallel=self.parallel))[0])
         """The model as it runs on each device: not for use outside of this program where there is a mesh."""
         self.compile_count = 0
+        self._hold = Hold()
+        self._paces: dict[Hashable, Pace] = {}
         self.denoise = self._jit(self._denoise)
-        """(denoiser, params, canvas, key, parts, row ids) to a `Result`, whole on every device."""
-        self.begin = self._jit(self._begin)
+        """(denoiser, params, canvas, key, parts, row ids) to a `Result`, whole on every device: the loop to its end,
+        where the host needs no control in between (plans, comparisons)."""
+        # an unused argument would not say which device the state is bound to: `advance` would be compiled twice
+        self.begin = self._jit(self._begin, keep_unused=True)
         """The same arguments to the state before the first step, and whether anything is to be done."""
-        self.advance = self._jit(self._advance)
+        self.advance = self._jit(self._advance, donate_argnums=3)
         """(denoiser, params, canvas, state, parts, steps, before_block) to the state, its `Progress`, and whether work
-        is left."""
+        is left. The state that it gets is gone: no cache is copied."""
         self.logits = self._jit(self._logits)
         """(denoiser, params, tokens, valid, positions) to float32 logits [B, T, V]."""
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call one of the programs; while it is compiled Ctrl-C waits (`djax.interrupts.Hold`)."""
+        with self._hold.armed():
+            return function(*arguments)
+
+    def pace(self, canvas: Canvas, parts: Parts) -> Pace:
+        """How many steps a stretch takes for such a canvas and such parts, as the last generation left it."""
+        key = (canvas.tokens.shape, canvas.block_length, canvas.first_block, jax.tree.structure(parts))
+        return self._paces.setdefault(key, Pace(fixed=spans_processes(self.mesh)))
 
     @property
     def row_parts(self) -> int:
@@ -211,6 +227,8 @@ class Program:
         ) -> tuple[DenoiseState, Array]:
             canvas = self._own(canvas)
             state = begin(denoiser, params, canvas, key, parts=parts, row_ids=rows)
+            # JAX hands an argument that comes out unchanged on as it is: the caller's canvas would be donated
+            state = dataclasses.replace(state, tokens=jnp.copy(state.tokens), is_masked=jnp.copy(state.is_masked))
             return state, unfinished(canvas, state)
 
         specs = self._argument_specs(denoiser, params, canvas)
@@ -226,7 +244,7 @@ class Program:
         ) -> tuple[DenoiseState, Progress, Array]:
             canvas = self._own(canvas)
             state = advance(denoiser, params, canvas, state, parts=parts, steps=steps, before_block=before_block)
-            shown = Progress(**{name: getattr(state, name) for name in Progress._fields})
+            shown = Progress(**{name: jnp.copy(getattr(state, name)) for name in Progress._fields})
             return state, self._whole(shown), unfinished(canvas, state)
 
         denoiser_spec, params_spec, canvas_spec, *_ = self._argument_specs(denoiser, params, canvas)
@@ -249,14 +267,15 @@ class Program:
         return self._on_mesh(run, (denoiser_spec, params_spec, row, row, row), P())(
             denoiser, params, tokens, valid, positions)
 
-    def _jit(self, function: Callable[..., Any]) -> Any:
+    def _jit(self, function: Callable[..., Any], **options: Any) -> Any:
         """`jax.jit` that counts its compilations: a trace happens exactly once for each."""
 
         def traced(*arguments: Any) -> Any:
             self.compile_count += 1
+            self._hold.begin()
             return function(*arguments)
 
-        return jax.jit(traced)
+        return jax.jit(traced, **options)
 
 
 def put(tree: Any, sharding: Sharding) -> Any:

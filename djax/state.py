@@ -125,10 +125,16 @@ class Result:
 
 
 class Progress(NamedTuple):
-    """What a stream shows of a state: whole on every device."""
+    """What the host sees of a state between two stretches: whole on every device, and the state's own no longer."""
 
     tokens: Int[Array, "B T"]
     is_masked: Bool[Array, "B T"]
     done: Bool[Array, "B"]
     nfe: Int[Array, "B"]
     block: Int[Array, ""]
+    iterations: Int[Array, ""]
+    step: Int[Array, "B"]
+    refreshes: Int[Array, "B"]
+    commit_step: Int[Array, "B T"]
+    log_prob: Float[Array, "B T"]
+    stop_reason: Int[Array, "B"]

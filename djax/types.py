@@ -125,7 +125,7 @@ class Reading:
     log_total: Float[Array, "B L"]
     """logsumexp of the logits; NaN where any logit is."""
     log_sum_tempered: Float[Array, "B L"]
-    """log of the sum of exp((logit - best_logit) / temperature); at temperature 1 where that is 0 or nothing is drawn."""
+    """log of the sum of exp((logit - best_logit) / temperature); at temperature 1 where it is 0 or nothing is drawn."""
     temperature: Float[Array, ""] | None
     """The query's; None where nothing is drawn."""
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from djax.errors import ArgumentError
 from djax.sharding import leaf_name
 from djax.types import Params
 
@@ -54,6 +55,26 @@ def accept(
     return jax.tree.unflatten(structure, [
         _move(old, given[name], copy=copy) if name in chosen else old
         for name, (_, old) in zip(names, leaves, strict=True)])
+
+
+def check_alive(params: Params) -> Params:
+    """`params`, if none of its arrays was donated to a jitted function.
+
+    Raises:
+        ArgumentError: one was; names the leaf. On a mesh a program that gets it would crash the process.
+    """
+    if any(map(_is_deleted, jax.tree.leaves(params))):
+        name = next(leaf_name(path) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+                    if _is_deleted(leaf))
+        raise ArgumentError(
+            "params", f"{name}, an array that has been deleted (donated to a jitted function, a training step say)",
+            allowed="arrays that still exist",
+            advice="hand over what that function returned, with lm.update_params(new_params)")
+    return params
+
+
+def _is_deleted(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
 
 
 def _named(params: Params) -> dict[str, Any]:

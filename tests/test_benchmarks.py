@@ -92,7 +92,7 @@ def test_record_of_pairs() -> None:
     assert got["agreement"] == {"tokens": False, "commit_steps": False, "nfe": False, "share_of_equal_tokens": 7 / 8}
     assert got["djax"]["compile_seconds"] == 3.0
     assert got["djax"]["tokens_per_second"] == 4.0
-    assert got["djax"]["tokens_per_forward"] == pytest.approx((4 / 2 + 4 / 3) / 2)
+    assert got["djax"]["tokens_per_forward"] == pytest.approx((4 + 4) / (2 + 3))
 
 
 def test_twin_is_bidirectional_and_its_cache_exact_where_nothing_changed(twin: Any) -> None:

@@ -157,7 +157,7 @@ def test_credit_reads_what_it_computes_at_low_temperatures() -> None:
 
 @pytest.mark.parametrize("temperature", [1e39, -1.0, float("nan"), None, "hot", True])
 def test_a_wrong_temperature_is_named(golden_lm: djax.DiffusionLM, temperature: Any) -> None:
-    with pytest.raises(ArgumentError, match="^temperature: got "):
+    with pytest.raises(ArgumentError, match=r"^temperature: got "):
         golden_lm.generate(TOKENS, temperature=temperature, **CALL)
-    with pytest.raises(ArgumentError, match="^temperature: got "):
+    with pytest.raises(ArgumentError, match=r"^temperature: got "):
         rl.rollout(golden_lm, TOKENS, key=0, temperature=temperature, **CALL)

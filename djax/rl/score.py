@@ -18,6 +18,7 @@ from djax.models.log_probs import token_log_probs
 from djax.rl.types import MaskedStates, Rollout
 from djax.transforms import ForbidTokens
 from djax.types import Denoiser, Hidden, Params
+from djax.weights import check_alive
 
 Reduce = Literal["token", "sequence", "none"]
 POSITION_CHUNK = 128
@@ -69,7 +70,7 @@ def score(
     heat = jnp.asarray(rollout.temperature if temperature is None else temperature, jnp.float32)
     heat = jnp.where(heat > 0, heat, 1.0)
     ask = partial(_score, denoiser, vocab_chunk=vocab_chunk, reduce=reduce, remat=remat)
-    arguments = jax.tree.map(jnp.asarray, (params, rollout, states, heat))
+    arguments = jax.tree.map(jnp.asarray, (check_alive(params), rollout, states, heat))
     return _partitioned(ask, *arguments)
 
 

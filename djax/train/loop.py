@@ -21,6 +21,7 @@ from djax.train.step import Report, Step, TrainState
 from djax.types import Params
 
 METRICS_NAME = "metrics.jsonl"
+CHECKPOINTS_NAME = "checkpoints"
 Metrics = dict[str, float]
 _SILENCE = 10.0
 """Seconds after which an update is reported though it is not logged."""
@@ -83,7 +84,7 @@ def fit(
         OSError: something cannot be written; earlier checkpoints are whole.
     """
     meta = dict(meta or {})
-    checkpoints = None if directory is None else Checkpoints(directory / "checkpoints", keep=keep)
+    checkpoints = None if directory is None else Checkpoints(directory / CHECKPOINTS_NAME, keep=keep)
     try:
         if checkpoints is not None:
             state = _resume(checkpoints, state, meta)

@@ -36,15 +36,16 @@ def check_collectives(lm: djax.DiffusionLM, recipe: recipes.Recipe) -> None:
     """A step sums twice a layer, once in a dense layer whose width is whole, and gathers keys and values once where
     positions are split; it moves no weights."""
     seen = {}
-    original = lm.program.denoise
+    original = lm.program.advance
 
     def compiled(*arguments):
-        seen["text"] = original.lower(*arguments).compile().as_text()
+        if not seen:
+            seen["text"] = original.lower(*arguments).compile().as_text()
         return original(*arguments)
 
-    lm.program.denoise = compiled
+    lm.program.advance = compiled
     lm.generate(PROMPTS, recipe=recipe, **SHAPE)
-    lm.program.denoise = original
+    lm.program.advance = original
     parallel = lm.program.parallel
     for name, step in generation_steps(read_module(seen["text"]), cached=recipe.cache_policy.exact).items():
         kinds = by_layer(step)

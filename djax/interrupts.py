@@ -1,0 +1,158 @@
+"""Ctrl-C during a generation: in the main thread, in another one, while XLA compiles, and at the interpreter's end.
+
+The loop comes back to the host between bounded stretches (`Pace`). In the main thread a wait for one is interrupted at
+once, elsewhere a generation ends at the next boundary (`check`). A process never ends while djax waits for a device
+in a thread: JAX crashes if its clients are torn down then.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import jax
+
+STRETCH_SECONDS = 0.4
+"""What a stretch of the loop is to take: short for who presses Ctrl-C, long against the host's part of it."""
+SHARED_STEPS = 16
+"""Steps of a stretch on a mesh of several processes, which all have to take the same."""
+_FASTEST_GROWTH = 64
+_LONGEST_EXIT_SECONDS = 30.0
+
+
+class Pace:
+    """How many denoising steps a stretch has, from what the last one took."""
+
+    def __init__(self, *, fixed: bool = False) -> None:
+        """`fixed`: `SHARED_STEPS`, whatever they take."""
+        self._fixed = fixed
+        self.steps = SHARED_STEPS if fixed else 1
+
+    def took(self, seconds: float) -> None:
+        """Take note of a stretch that was not cut short."""
+        if not self._fixed:
+            wanted = int(self.steps * STRETCH_SECONDS / max(seconds, 1e-6))
+            self.steps = max(1, min(wanted, self.steps * _FASTEST_GROWTH))
+
+
+class Hold:
+    """Keeps Ctrl-C back in the main thread while XLA compiles.
+
+    JAX would leave an interrupted compilation running in the background, and a process that ends meanwhile crashes. A
+    second Ctrl-C is let through. Who handles the signal in another way than Python's own is not interfered with.
+    """
+
+    def __init__(self) -> None:
+        self._armed = False
+        self._previous: Any = None
+        self._pending = False
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        """Around a call that may compile. Raises KeyboardInterrupt at its end if that was asked for meanwhile."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._armed, self._pending = True, False
+        try:
+            yield
+        finally:
+            self._armed = False
+            if self._previous is not None:
+                signal.signal(signal.SIGINT, self._previous)
+                self._previous = None
+        if self._pending:
+            raise KeyboardInterrupt
+
+    def begin(self) -> None:
+        """A compilation follows."""
+        mine = self._armed and threading.current_thread() is threading.main_thread()
+        if mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._previous = signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._pending:
+            signal.default_int_handler(number, frame)
+        self._pending = True
+
+
+class _Waiting:
+    """Threads in which djax waits for a device."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        with self._changed:
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Wait until there are none: at exit these can only be daemon threads, which end at their next `check`."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._count, timeout=_LONGEST_EXIT_SECONDS)
+
+
+_WAITING = _Waiting()
+atexit.register(_WAITING.drain)  # runs before JAX's own, which was registered earlier
+
+
+@contextmanager
+def stretch() -> Iterator[None]:
+    """Around what a thread starts on a device and its wait for that.
+
+    Raises:
+        KeyboardInterrupt: as `check`, before anything is started.
+    """
+    with _WAITING.one():
+        check()
+        yield
+
+
+def wait(outputs: Any) -> None:
+    """Wait for a stretch's outputs. KeyboardInterrupt comes when the stretch is over, and leaves nothing running."""
+    try:
+        jax.block_until_ready(outputs)
+    except KeyboardInterrupt:
+        jax.block_until_ready(outputs)
+        raise
+
+
+def check() -> None:
+    """End a generation outside of the main thread if the process is ending.
+
+    Raises:
+        KeyboardInterrupt: the main thread is dealing with one, or ended with it.
+        SystemExit: the main thread ended, and this one is a daemon.
+    """
+    main = threading.main_thread()
+    if threading.current_thread() is main:
+        return
+    if not main.is_alive() and threading.current_thread().daemon:
+        raise SystemExit
+    if _interrupted(main):
+        raise KeyboardInterrupt("the main thread was interrupted")
+
+
+def _interrupted(main: threading.Thread) -> bool:
+    """Whether the main thread handles a KeyboardInterrupt now (`with` a pool, `finally`), or was ended by one."""
+    if not main.is_alive() or sys.is_finalizing():
+        return getattr(sys, "last_type", None) is KeyboardInterrupt
+    handled = sys._current_exceptions().get(main.ident or 0)
+    found = handled[1] if isinstance(handled, tuple) else handled
+    return isinstance(found, KeyboardInterrupt)
+
+
