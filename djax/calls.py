@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from djax.config import ModelConfig
@@ -80,7 +79,7 @@ def make_parts(
     """
     recipe = options.recipe
     banned = [*forbidden] if recipe.mask_token == "refuse" else [mask_id, *forbidden]
-    chain: list[Transform] = [ForbidTokens(jnp.asarray(banned, jnp.int32), vocab_limit), recipe.transform]
+    chain: list[Transform] = [ForbidTokens(np.asarray(banned, np.int32), vocab_limit), recipe.transform]
     if options.top_k is not None:
         chain.append(TopK(int(options.top_k)))
     if options.top_p is not None:
@@ -90,7 +89,7 @@ def make_parts(
     propose: Propose = Sample(float(options.temperature))
     if recipe.mask_token == "refuse":
         propose = RefuseToken(propose, mask_id)
-    stop_rule: StopRule = OnEos(jnp.asarray(eos_ids, jnp.int32)) if options.stop_on_eos else Never()
+    stop_rule: StopRule = OnEos(np.asarray(eos_ids, np.int32)) if options.stop_on_eos else Never()
     parts = Parts(strategy=recipe.strategy, cache_policy=recipe.cache_policy, transform=Chain(tuple(chain)),
                   propose=propose, smoothing=recipe.smoothing, stop_rule=stop_rule)
     return jax.tree.map(_as_array, parts)

@@ -22,7 +22,7 @@ def _chunk(
     The last chunk overlaps its neighbour: all have one shape.
     """
     first = jnp.minimum(start, head.shape[0] - size)
-    ids = first + jnp.arange(size)
+    ids = first + jnp.arange(size, dtype=jnp.int32)
     return lax.dynamic_slice_in_dim(head, first, size), jnp.where(ids >= start, ids, -1), first
 
 
@@ -33,7 +33,7 @@ def _logits(hidden: Array, rows: Array, ids: Array, temperature: Array, forbidde
 
 
 def _starts(head: Array, size: int) -> Int[Array, "chunks"]:
-    return jnp.arange(0, head.shape[0], size)
+    return jnp.arange(0, head.shape[0], size, dtype=jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -56,7 +56,7 @@ def _forward(
 
     count = hidden.shape[0]
     # a finite start: -inf minus -inf is NaN
-    start = jnp.full(count, jnp.finfo(jnp.float32).min), jnp.zeros(count), jnp.zeros(count)
+    start = jnp.full(count, jnp.finfo(jnp.float32).min, jnp.float32), *jnp.zeros((2, count), jnp.float32)
     (largest, total, chosen), _ = lax.scan(add, start, _starts(head, size))
     log_total = largest + jnp.log(total)
     return chosen - log_total, (hidden, head, tokens, temperature, forbidden, log_total)
@@ -73,7 +73,7 @@ def _backward(
         logits = _logits(hidden, rows, ids, temperature, forbidden)
         share, allowed = jnp.exp(logits - log_total[:, None]), logits != -jnp.inf
         chosen = (ids == tokens[:, None]) & allowed
-        grad = cotangent[:, None] * (jnp.where(chosen, 1.0, 0.0) - share)  # of the scaled logits
+        grad = cotangent[:, None] * (chosen.astype(jnp.float32) - share)  # of the scaled logits
         grad_temperature -= jnp.sum(jnp.where(allowed, grad * logits, 0.0)) / temperature
         grad = (grad / temperature).astype(head.dtype)
         part = contract("mc,md->cd", grad, hidden, dtype=jnp.float32)
