@@ -28,8 +28,8 @@ def _chunk(
 
 def _logits(hidden: Array, rows: Array, ids: Array, temperature: Array, forbidden: Forbidden) -> Float[Array, "M C"]:
     logits = contract("md,cd->mc", hidden, rows, dtype=jnp.float32) / temperature
-    dropped = (ids < 0) | (ids >= forbidden.limit) | (ids[:, None] == forbidden.ids).any(axis=-1)
-    return jnp.where(dropped, -jnp.inf, logits)
+    dropped = (ids < 0) | (ids >= forbidden.limit) | (ids[:, None] == forbidden.ids[None]).any(axis=-1)
+    return jnp.where(dropped[None], -jnp.inf, logits)
 
 
 def _starts(head: Array, size: int) -> Int[Array, "chunks"]:
@@ -52,7 +52,7 @@ def _forward(
         logits = _logits(hidden, rows, ids, temperature, forbidden)
         new = jnp.maximum(largest, logits.max(axis=1))
         total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=1)
-        return (new, total, chosen + jnp.where(ids == tokens[:, None], logits, 0.0).sum(axis=1)), None
+        return (new, total, chosen + jnp.where(ids[None] == tokens[:, None], logits, 0.0).sum(axis=1)), None
 
     count = hidden.shape[0]
     # a finite start: -inf minus -inf is NaN
@@ -72,7 +72,7 @@ def _backward(
         rows, ids, first = _chunk(head, start, size)
         logits = _logits(hidden, rows, ids, temperature, forbidden)
         share, allowed = jnp.exp(logits - log_total[:, None]), logits != -jnp.inf
-        chosen = (ids == tokens[:, None]) & allowed
+        chosen = (ids[None] == tokens[:, None]) & allowed
         grad = cotangent[:, None] * (chosen.astype(jnp.float32) - share)  # of the scaled logits
         grad_temperature -= jnp.sum(jnp.where(allowed, grad * logits, 0.0)) / temperature
         grad = (grad / temperature).astype(head.dtype)

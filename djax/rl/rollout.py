@@ -227,8 +227,9 @@ def as_rollout(
         "row_ids": np.arange(canvas.batch, dtype=np.int32), "mask_id": canvas.mask_id, "temperature": np.float32(1.0),
         "forbidden": forbidden}
     return Rollout(
-        **jax.device_get(fields), first_block=canvas.first_block, block_length=canvas.block_length, max_steps=1,
-        replayable=False, not_replayable_because="its tokens were given, not sampled")
+        **jax.device_get(fields), first_block=canvas.first_block, block_length=canvas.block_length,
+        max_steps=canvas.length - canvas.first_block, replayable=False,
+        not_replayable_because="its tokens were given, not sampled")
 
 
 def _sample(

@@ -83,6 +83,6 @@ def place_in_blocks(grouping: Grouping, *, rows: int) -> Blocks:
     used = (start[1:] - start[:-1] + rows - 1) // rows
     place = (start[key] // rows + key) * rows + rank
     block = jnp.arange(total, dtype=jnp.int32)[:, None]
-    mine = (block >= first) & (block < first + used)
-    expert = num_experts + jnp.sum(jnp.where(mine, experts - num_experts, 0), axis=1, dtype=jnp.int32)
+    mine = (block >= first[None]) & (block < (first + used)[None])
+    expert = num_experts + jnp.sum(jnp.where(mine, (experts - num_experts)[None], 0), axis=1, dtype=jnp.int32)
     return Blocks(place=jnp.where(key < num_experts, place, total * rows), expert=expert)

@@ -158,7 +158,8 @@ class _Block(NamedTuple):
 
 def _block(plan: Plan, index: Array, *, sizes: tuple[int, ...], slots: int) -> _Block:
     entries = lax.dynamic_slice(plan.overflow, (plan.start[index],), sizes[-1:])
-    entries = jnp.where(jnp.arange(sizes[-1], dtype=jnp.int32) < plan.rows[index], entries, len(plan.overflow) - sizes[-1])
+    mine = jnp.arange(sizes[-1], dtype=jnp.int32) < plan.rows[index]
+    entries = jnp.where(mine, entries, len(plan.overflow) - sizes[-1])
     return _Block(
         rows=entries // slots, entries=entries, expert=plan.expert[index],
         size_index=jnp.sum(plan.rows[index] > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32))
