@@ -33,8 +33,8 @@ from tests.rl import tiny
 ROOT = Path(__file__).parents[1]
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9]]
 LENGTHS: dict[str, Any] = {"max_new_tokens": 8, "block_length": 4}
-SAMPLED = recipes.dinfer(cache="vicinity", threshold=0.6)
-SMOOTH = recipes.dinfer(smoothing=True, credit=True)
+SAMPLED = recipes.dinfer(threshold=0.6, before=2, after=2, warmup=1)
+CREDIT = recipes.dinfer_credit()
 
 
 @contextmanager
@@ -77,11 +77,12 @@ def otherwise_generated(lm: djax.DiffusionLM) -> dict[str, Any]:
     """Its other calls."""
     call: dict[str, Any] = {"temperature": 1.0, "key": 3}
     filled = lm.infill([[1, 2, 3, 4, 5, 6]], [[False, True, True, False, True, False]], block_length=4, **call)
-    smooth = lm.generate(PROMPTS, recipe=SMOOTH, **LENGTHS, **call)
+    credit = lm.generate(PROMPTS, recipe=CREDIT, **LENGTHS, **call)
     *_, last = lm.stream(PROMPTS, recipe=SAMPLED, **LENGTHS, **call)
     guided = lm.generate(PROMPTS[:2], guidance=1.0, top_k=5, top_p=0.9, min_p=0.01, **LENGTHS, **call)
     return {
-        "infill": filled.canvas, "stream": last.tokens, "logits": lm.logits(PROMPTS), "smooth": smooth.canvas, "guided": guided.canvas}
+        "infill": filled.canvas, "stream": last.tokens, "logits": lm.logits(PROMPTS),
+        "credit": credit.canvas, "guided": guided.canvas}
 
 
 def trained(lm: djax.DiffusionLM) -> dict[str, Any]:
@@ -266,7 +267,8 @@ def test_a_seed_gives_jax_own_key_and_another_seed_another() -> None:
 
 
 def test_keys_of_other_implementations_stay_different() -> None:
-    found = [words(jax.random.fold_in(jax.random.key(seed, impl="rbg"), fold)) for seed in range(3) for fold in range(3)]
+    keys = [jax.random.key(seed, impl="rbg") for seed in range(3)]
+    found = [words(jax.random.fold_in(key, fold)) for key in keys for fold in range(3)]
     assert len({tuple(pair) for pair in found}) == 9
 
 
