@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from djax import recipes
+from djax.ambient import without_mesh
 from djax.calls import CallOptions, make_parts, resolve_ids
 from djax.canvas import Canvas
 from djax.config import ModelConfig
 from djax.distributed import with_peers
 from djax.generation import Generation, Streamer, StreamReader, StreamStep, Watch, feed
+from djax.keys import as_key
 from djax.memory import MemoryEstimate, estimate_memory
 from djax.models import Guided, Kernels, ModelDenoiser, build, kernels_on
 from djax.program import Program
@@ -34,6 +35,7 @@ from djax.types import Denoiser, Params
 from djax.weights import accept, check_alive
 
 
+@without_mesh()
 def load(
     source: str | Path | None = None,
     *,
@@ -82,6 +84,7 @@ def load(
 class DiffusionLM:
     """A masked-diffusion language model ready to generate: configuration, weights, tokenizer, mesh."""
 
+    @without_mesh()
     def __init__(
         self, config: ModelConfig, params: Params, *, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None,
         rules: Rules | None = None, kernels: Kernels | None = None,
@@ -110,6 +113,7 @@ class DiffusionLM:
                 f"of {config.hidden_size}, {words}, {where})")
 
     @functools.cached_property
+    @without_mesh()
     def denoiser(self) -> ModelDenoiser:
         """The model for `djax.denoise` inside your own `jax.jit`; on a mesh XLA partitions it."""
         kernels = kernels_on(self.mesh) if self.kernels is None else self.kernels
@@ -125,6 +129,7 @@ class DiffusionLM:
         """Ids from here on are vocabulary padding and never generated."""
         return self.config.vocab_size if self.tokenizer is None else min(self.tokenizer.size, self.config.vocab_size)
 
+    @without_mesh()
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt] | None,
@@ -163,7 +168,8 @@ class DiffusionLM:
             top_p: draw from the smallest set of tokens with this mass only.
             min_p: draw from tokens at least this probable relative to the best only.
             guidance: scale of classifier-free guidance (two forwards per step); None is off.
-            key: seed or `jax.random` key.
+            key: a seed, 0 to 2**63 - 1, or a `jax.random` key, which is turned into a threefry key
+                (`djax.keys.as_key`) if it is none.
             mask_id: overrides the model's mask id.
             eos_id: overrides the model's EOS id; several end a sequence alike.
             stop_on_eos: end a row with the block that holds its first EOS; completions are trimmed there
@@ -185,6 +191,7 @@ class DiffusionLM:
         return self.decode(
             canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids, watch=watch)
 
+    @without_mesh()
     def infill(
         self,
         token_ids: Sequence[Sequence[int]] | Sequence[int] | None,
@@ -244,6 +251,7 @@ class DiffusionLM:
             canvas, parts, guidance=guidance, key=key, row_ids=row_ids,
             watch=None if watch is None else lambda got: watch(got.whole_rows(tokenizer))).whole_rows(tokenizer)
 
+    @without_mesh()
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt] | None,
@@ -287,6 +295,7 @@ class DiffusionLM:
             canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids, drafts=drafts)
         return steps if streamer is None else feed(streamer, canvas, steps)
 
+    @without_mesh()
     def decode(
         self, canvas: Canvas, parts: Parts, *, guidance: float | None = None, eos_ids: Sequence[int] = (),
         key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None, watch: Watch | None = None,
@@ -309,6 +318,7 @@ class DiffusionLM:
         run = Run(self.program, *self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids))
         return run.generation(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer, watch=watch)
 
+    @without_mesh()
     def update_params(self, params: Params, filter_types: Sequence[type[nnx.Variable[Any]]] | None = None) -> None:
         """Generate with new weights from the next call on; nothing is compiled for them.
 
@@ -325,6 +335,7 @@ class DiffusionLM:
         """
         self.params = accept(self.params, params, filter_types=filter_types)
 
+    @without_mesh()
     def logits(self, prompts: Prompt | Sequence[Prompt] | None) -> Float[np.ndarray, "B T V"]:
         """float32 logits of one full forward; shorter rows are padded on the left.
 
@@ -345,6 +356,7 @@ class DiffusionLM:
                 program.logits, program.denoiser, check_alive(self.params), *program.place_rows(tuple(arrays)))
             return np.asarray(jax.device_get(got))[: len(rows)]
 
+    @without_mesh()
     def warmup(
         self, shapes: Sequence[tuple[int, int, int]], *, recipe: Recipe | None = None, block_length: int | None = None,
         top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
@@ -363,7 +375,7 @@ class DiffusionLM:
             canvas, parts, _ = self._prepare([[0] * prompt_length] * batch, options, max_new_tokens=max_new_tokens,
                                              align=False)
             # Nothing to decode: the program is compiled and its loop ends before the first step.
-            idle = dataclasses.replace(canvas, is_masked=jnp.zeros_like(canvas.is_masked))
+            idle = dataclasses.replace(canvas, is_masked=jax.device_put(np.zeros(canvas.tokens.shape, bool)))
             Run(self.program, *self._arguments(idle, parts, guidance=guidance, key=0, row_ids=None)).advance()
         return self.compile_count - before
 
@@ -417,13 +429,15 @@ class DiffusionLM:
         self, canvas: Canvas, parts: Parts, *, guidance: float | None, eos_ids: Sequence[int],
         key: int | Key[Array, ""], row_ids: Sequence[int] | None, drafts: bool,
     ) -> Iterator[StreamStep]:
-        reader = StreamReader(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer)
-        run = Run(self.program, *self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids))
+        # no context around a yield: it would be the caller's between two steps
+        with without_mesh():
+            reader = StreamReader(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer)
+            run = Run(self.program, *self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids))
         block = 0
         while run.left:
             block += 1
             shown = run.advance(steps=1) if drafts else run.advance(before_block=block)
-            with with_peers(self.mesh):
+            with with_peers(self.mesh), without_mesh():
                 step = reader.read(shown, last=not run.left)
             yield step
 
@@ -442,9 +456,9 @@ class DiffusionLM:
         row_numbers = np.concatenate([ids, np.zeros(padded.batch - canvas.batch, ids.dtype)]).astype(np.int32)
         denoiser: Denoiser = program.denoiser
         if guidance is not None:
-            denoiser = Guided(denoiser, scale=jnp.float32(guidance), mask_id=padded.mask_id,
+            denoiser = Guided(denoiser, scale=jax.device_put(np.float32(guidance)), mask_id=padded.mask_id,
                               unconditional=padded.valid & ~padded.is_masked)
-        random_key = jax.random.key(key) if isinstance(key, int | np.integer) else key
+        random_key = as_key(key)
         denoiser, padded, row_numbers = program.place_rows((denoiser, padded, row_numbers))
         random_key, parts = program.place((random_key, parts))
         return denoiser, check_alive(self.params), padded, random_key, parts, row_numbers

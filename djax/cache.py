@@ -31,9 +31,9 @@ class LayerCache:
         """
 
         def put(old: Float[Array, "B T G K"], new: Float[Array, "B W G K"]) -> Float[Array, "B T G K"]:
-            start = (0, window_start, 0, 0)
-            kept = lax.dynamic_slice(old, start, new.shape)
-            return lax.dynamic_update_slice(old, jnp.where(write[..., None, None], new.astype(old.dtype), kept), start)
+            kept = lax.dynamic_slice_in_dim(old, window_start, new.shape[1], axis=1)
+            fresh = jnp.where(write[..., None, None], new.astype(old.dtype), kept)
+            return lax.dynamic_update_slice_in_dim(old, fresh, window_start, axis=1)
 
         return LayerCache(key=put(self.key, key), value=put(self.value, value))
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from djax.config import ModelConfig
@@ -84,7 +83,7 @@ def make_parts(
     """
     recipe = options.recipe
     banned = [*forbidden] if recipe.mask_token == "refuse" else [mask_id, *forbidden]
-    chain: list[Transform] = [ForbidTokens(jnp.asarray(banned, jnp.int32), vocab_limit), recipe.transform]
+    chain: list[Transform] = [ForbidTokens(np.asarray(banned, np.int32), vocab_limit), recipe.transform]
     temperature = float(options.temperature)
     filters: list[Filter] = [] if options.top_k is None else [TopK(int(options.top_k))]
     filters += [] if options.top_p is None else [TopP(float(options.top_p), temperature)]
@@ -95,7 +94,7 @@ def make_parts(
     if recipe.mask_token == "refuse":
         propose = RefuseToken(propose, mask_id)
     rules = ([] if recipe.stop_rule == Never() else [recipe.stop_rule]) + (
-        [OnEos(jnp.asarray(eos_ids, jnp.int32))] if options.stop_on_eos else [])
+        [OnEos(np.asarray(eos_ids, np.int32))] if options.stop_on_eos else [])
     stop_rule: StopRule = Never() if not rules else rules[0] if len(rules) == 1 else AnyOf(tuple(rules))
     parts = Parts(strategy=recipe.strategy, cache_policy=recipe.cache_policy, transform=Chain(tuple(chain)),
                   propose=propose, smoothing=recipe.smoothing, stop_rule=stop_rule)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -160,8 +161,8 @@ class Canvas:
             tokens[index, here], is_masked[index, here], valid[index, here] = row, mask, True
             positions[index, here] = np.arange(len(row))
         return cls(
-            tokens=jnp.asarray(tokens), is_masked=jnp.asarray(is_masked), valid=jnp.asarray(valid),
-            positions=jnp.asarray(positions), mask_id=jnp.asarray(mask_id, jnp.int32),
+            tokens=jax.device_put(tokens), is_masked=jax.device_put(is_masked), valid=jax.device_put(valid),
+            positions=jax.device_put(positions), mask_id=jax.device_put(np.int32(mask_id)),
             first_block=first_block, block_length=block_length)
 
 

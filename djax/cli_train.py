@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from djax.api import DiffusionLM, load
+from djax.keys import as_key
 from djax.models import init_params
 from djax.sharding import make_mesh
 from djax.train import TrainConfig, read_config
@@ -59,4 +60,5 @@ def reached(path: Path) -> str:
 def _start(lm: DiffusionLM, config: TrainConfig) -> Params:
     """What training starts from; `lm` gives its weights up, as nobody needs them beside the master weights."""
     params, lm.params = lm.params, None
-    return init_params(lm.config, jax.random.key(config.training.seed))[1] if config.model.random else params
+    key = as_key(config.training.seed, name="training.seed")
+    return init_params(lm.config, key)[1] if config.model.random else params

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Key
 
+from djax.ambient import is_traced, on_device, without_mesh
 from djax.cache_policies import NoCache
 from djax.canvas import Canvas
+from djax.keys import as_key
 from djax.proposals import Greedy
 from djax.smoothing import HardTokens
 from djax.state import DenoiseState, Parts, Result, StopReason
@@ -33,11 +35,12 @@ from djax.types import (
 )
 
 
+@without_mesh()
 def denoise(
     denoiser: Denoiser,
     params: Params,
     canvas: Canvas,
-    key: Key[Array, ""],
+    key: int | Key[Array, ""],
     *,
     strategy: Strategy,
     cache_policy: CachePolicy = NoCache(),
@@ -49,7 +52,8 @@ def denoise(
 ) -> Result:
     """Decode every open position of a canvas, blocks from left to right.
 
-    Pure and traceable: call it inside your own `jax.jit`. Row i's result depends on its own canvas row,
+    Pure and traceable: call it inside your own `jax.jit`. Outside of any it is one jitted program, compiled once for
+    each structure of parts and shape of canvas. Row i's result depends on its own canvas row,
     on `row_ids[i]` and on `key`, not on the batch around it. It may run inside `jax.shard_map`, with a model made for
     that (`djax.models.build(parallel=)`) and rows over the canvas' `row_axes`; `djax.program` does that.
 
@@ -57,7 +61,7 @@ def denoise(
         denoiser: the mask predictor.
         params: its weights.
         canvas: from `Canvas.from_prompts` or `Canvas.from_tokens`.
-        key: random key; row i uses `fold_in(key, row_ids[i])`.
+        key: seed or random key, as a threefry key (`djax.keys.as_key`); row i uses `fold_in(key, row_ids[i])`.
         strategy: which candidates to commit at each step.
         cache_policy: what each forward recomputes.
         transform: applied to the block's logits.
@@ -69,21 +73,34 @@ def denoise(
     """
     parts = Parts(strategy=strategy, cache_policy=cache_policy, transform=transform, propose=propose,
                   smoothing=smoothing, stop_rule=stop_rule)
+    arguments = (denoiser, params, canvas, as_key(key), parts, row_ids)
+    if is_traced(arguments):  # the caller's program
+        return _denoise(*arguments)
+    return _program(*on_device(arguments))
+
+
+def _denoise(
+    denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], parts: Parts,
+    row_ids: Int[Array, "B"] | None,
+) -> Result:
     state = begin(denoiser, params, canvas, key, parts=parts, row_ids=row_ids)
     state = advance(denoiser, params, canvas, state, parts=parts)
     return finish(canvas, state, parts=parts)
 
 
+_program = jax.jit(_denoise)
+
+
 def begin(
-    denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], *, parts: Parts,
+    denoiser: Denoiser, params: Params, canvas: Canvas, key: int | Key[Array, ""], *, parts: Parts,
     row_ids: Int[Array, "B"] | None = None,
 ) -> DenoiseState:
     """The state before the first step."""
     batch, length = canvas.tokens.shape
     soft = parts.smoothing.soft
     window = parts.cache_policy.window_length(length, canvas.first_block, canvas.block_length)
-    rows = jnp.arange(batch) if row_ids is None else jnp.asarray(row_ids)
-    zeros = jnp.zeros(batch, jnp.int32)
+    rows = jnp.arange(batch, dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids, jnp.int32)
+    zeros, key = jnp.zeros(batch, jnp.int32), as_key(key)
     return DenoiseState(
         tokens=canvas.tokens, is_masked=canvas.is_masked,
         inputs=denoiser.embed(params, canvas.tokens) if soft else None,
@@ -114,7 +131,8 @@ def advance(
     last = jnp.int32(bound)
     if steps is not None:
         last = jnp.minimum(last - state.iterations, steps) + state.iterations
-    blocks = jnp.arange(canvas.num_blocks) < (canvas.num_blocks if before_block is None else before_block)
+    end = canvas.num_blocks if before_block is None else before_block
+    blocks = jnp.arange(canvas.num_blocks, dtype=jnp.int32) < end
 
     def more(state: DenoiseState) -> Bool[Array, ""]:
         return (state.iterations < last) & (canvas.any_row(work_left(canvas, state)) & blocks).any()
@@ -140,10 +158,10 @@ def advance(
 
 def finish(canvas: Canvas, state: DenoiseState, *, parts: Parts) -> Result:
     """The result of a finished (or abandoned) state."""
-    columns = jnp.arange(canvas.length)
+    columns = jnp.arange(canvas.length, dtype=jnp.int32)
     generated = canvas.is_masked & ~state.is_masked
-    start = jnp.argmax(canvas.is_masked, axis=-1)
-    stop = canvas.length - jnp.argmax(canvas.valid[:, ::-1], axis=-1)
+    start = lax.argmax(canvas.is_masked, 1, jnp.int32)
+    stop = canvas.length - lax.argmax(canvas.valid[:, ::-1], 1, jnp.int32)
     ends = parts.stop_rule.ends(state.tokens) & generated
     first_end = jnp.min(jnp.where(ends, columns + 1, canvas.length), axis=-1)
     lengths = jnp.where(canvas.is_masked.any(-1), jnp.minimum(first_end, stop) - start, 0)

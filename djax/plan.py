@@ -19,6 +19,7 @@ import numpy as np
 from djax import hlo
 from djax import topology as topologies
 from djax.config import ModelConfig
+from djax.keys import as_key
 from djax.memory import DeviceMemory
 from djax.models import Kernels, abstract_params
 from djax.plan_request import (
@@ -183,7 +184,7 @@ def compile_program(request: Request, sizes: Mapping[str, int]) -> tuple[Any, fl
     program = Program(request.config, mesh=mesh, kernels=request.kernels)
     canvas = program.pad_rows(request.canvas)
     arguments = program.abstract(
-        program.denoiser, abstract_params(request.config), canvas, jax.random.key(0), request.parts,
+        program.denoiser, abstract_params(request.config), canvas, as_key(0), request.parts,
         np.arange(canvas.batch, dtype=np.int32))  # type: ignore[arg-type]
     started = time.monotonic()
     with jax.default_device(devices[0]):  # kernels ask what they run on

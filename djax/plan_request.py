@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh
 
 from djax import recipes
@@ -227,12 +228,12 @@ def count_steps(request: Request, tokens_per_forward: float) -> tuple[int, int]:
 
     def refreshes(block: Any, step: Any) -> Any:
         info = StepInfo(
-            step=jnp.full(canvas.batch, block * steps + step), step_in_block=step, block=block,
+            step=jnp.full(canvas.batch, block * steps + step, jnp.int32), step_in_block=step, block=block,
             block_start=canvas.first_block + block * canvas.block_length,
             is_open=jnp.ones((canvas.batch, canvas.block_length), bool))
         return policy.plan(info, canvas.length, canvas.block_length).refresh
 
-    block, step = (grid.ravel() for grid in jnp.meshgrid(jnp.arange(blocks), jnp.arange(steps), indexing="ij"))
+    block, step = (jnp.asarray(grid.ravel(), jnp.int32) for grid in np.indices((blocks, steps)))
     full = int(jax.vmap(refreshes)(block, step).sum())
     return blocks * steps, full
 

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from djax.ambient import on_device, without_mesh
 from djax.canvas import Canvas
 from djax.config import ModelConfig
 from djax.denoise import advance, begin, denoise, unfinished
@@ -41,6 +42,7 @@ Specs = Any
 class Program:
     """A model's generation on the default device or on a mesh. Counts what it compiles."""
 
+    @without_mesh()
     def __init__(
         self, config: ModelConfig, *, mesh: Mesh | None = None, rules: Rules | None = None,
         kernels: Kernels = Kernels(), alone: bool = False,
@@ -120,16 +122,16 @@ class Program:
         if not missing:
             return canvas
         return jax.tree.map(
-            lambda array: jnp.pad(array, ((0, missing), (0, 0))) if array.ndim else array, canvas)
+            lambda array: np.pad(jax.device_get(array), ((0, missing), (0, 0))) if array.ndim else array, canvas)
 
     def place(self, tree: Any) -> Any:
         """Arrays as the program takes them: scalars and vectors of parts on all devices."""
-        return tree if self.mesh is None else put(tree, NamedSharding(self.mesh, P()))
+        return on_device(tree) if self.mesh is None else put(tree, NamedSharding(self.mesh, P()))
 
     def place_rows(self, tree: Any) -> Any:
         """Arrays whose first axis is the rows', and scalars, as the program takes them."""
         if self.mesh is None:
-            return tree
+            return on_device(tree)
         mesh = self.mesh
         return jax.tree.map(lambda leaf, spec: put(leaf, NamedSharding(mesh, spec)), tree, self._row_specs(tree))
 
@@ -292,7 +294,10 @@ def put(tree: Any, sharding: Sharding) -> Any:
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             words = across(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
-        values = np.asarray(leaf)
-        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+        values = np.asarray(jax.device_get(leaf))
+        # not `make_array_from_callback`: a transfer guard takes its transfers for accidents
+        shards = [jax.device_put(values[index], device)
+                  for device, index in sharding.addressable_devices_indices_map(values.shape).items()]
+        return jax.make_array_from_single_device_arrays(values.shape, sharding, shards)
 
     return jax.tree.map(across, tree)

@@ -68,7 +68,8 @@ class Sample:
 
         def draw() -> Int[Array, "B L"]:
             words = noise_keys(keys, logits.shape[1])[:, :, None]
-            return first_argmax(kept + temperature * gumbel_noise(words, jnp.arange(logits.shape[-1])))
+            ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
+            return first_argmax(kept + temperature * gumbel_noise(words, ids))
 
         token = jax.lax.cond(temperature > 0, draw, lambda: first_argmax(kept))
         divisor = jnp.where(temperature > 0, temperature, 1.0)
@@ -135,7 +136,7 @@ def first_argmax(logits: Logits) -> Int[Array, "B L"]:
 
     As two plain reductions: XLA's argmax, one over pairs, is not vectorised on CPU.
     """
-    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
     best = jnp.max(logits, axis=-1, keepdims=True)
     return jnp.min(jnp.where(logits == best, ids, logits.shape[-1] - 1), axis=-1)
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from djax.ambient import without_mesh
 from djax.canvas import Canvas
 from djax.distributed import with_peers
 from djax.generation import Generation, Watch, to_generation
@@ -31,7 +32,7 @@ class Run:
             program, denoiser, check_alive(params), canvas, parts)
         self._pace = program.pace(canvas, parts)
         self._iterations = 0
-        with with_peers(program.mesh), stretch():
+        with with_peers(program.mesh), without_mesh(), stretch():
             self._state, self._left = program.run(program.begin, denoiser, params, canvas, key, parts, rows)
 
     @property
@@ -69,7 +70,7 @@ class Run:
         check_alive(self._params)
         limits = self._program.place((np.int32(steps), np.int32(before_block)))
         started = time.perf_counter()
-        with with_peers(self._program.mesh), stretch():
+        with with_peers(self._program.mesh), without_mesh(), stretch():
             self._state, shown, self._left = self._program.run(
                 self._program.advance, self._denoiser, self._params, self._canvas, self._state, self._parts, *limits)
             wait(shown)

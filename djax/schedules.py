@@ -34,8 +34,8 @@ class Linear:
 
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step`, float32."""
-        value = jnp.asarray(self.start, jnp.float32) + jnp.asarray(self.slope, jnp.float32) * step
-        return jnp.clip(value, self.minimum, self.maximum)
+        value = jnp.asarray(self.start, jnp.float32) + jnp.asarray(self.slope, jnp.float32) * step.astype(jnp.float32)
+        return jnp.clip(value, jnp.asarray(self.minimum, jnp.float32), jnp.asarray(self.maximum, jnp.float32))
 
 
 @struct.dataclass
@@ -48,8 +48,9 @@ class Cosine:
 
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step`, float32."""
-        progress = jnp.clip(step / jnp.asarray(self.steps, jnp.float32), 0.0, 1.0)
-        return self.end + (self.start - self.end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        progress = jnp.clip(step.astype(jnp.float32) / jnp.asarray(self.steps, jnp.float32), 0.0, 1.0)
+        start, end = jnp.asarray(self.start, jnp.float32), jnp.asarray(self.end, jnp.float32)
+        return end + (start - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
 
 
 Schedule = Constant | Linear | Cosine

@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
@@ -224,7 +223,8 @@ def partition_spec(
 
 def default_device() -> jax.Device:
     """The device that arrays go to when nothing says otherwise."""
-    return next(iter(jnp.zeros(()).devices()))
+    # an explicit placement: an array that is merely made lies on all devices of the caller's `jax.set_mesh`
+    return next(iter(jax.device_put(np.zeros((), np.int32)).devices()))
 
 
 def shardings(axes: Any, shapes: Any, *, mesh: Mesh | None = None, rules: Rules | None = None) -> Any:

@@ -68,9 +68,10 @@ def denoising_step(
     outlook = look(
         denoiser, params, parts, hidden, state, info, keys[:, 0], offset=info.block_start - start,
         block_length=canvas.block_length)
+    counted = active.astype(jnp.int32)
     state = dataclasses.replace(
-        state, cache=cache, step=state.step + active, nfe=state.nfe + active * denoiser.forwards,
-        refreshes=state.refreshes + (active & plan.refresh), step_in_block=state.step_in_block + 1,
+        state, cache=cache, step=state.step + counted, nfe=state.nfe + counted * denoiser.forwards,
+        refreshes=state.refreshes + (active & plan.refresh).astype(jnp.int32), step_in_block=state.step_in_block + 1,
         iterations=state.iterations + 1, transform=outlook.transform)
     nan = active & outlook.is_nan
     state = dataclasses.replace(
@@ -84,7 +85,7 @@ def denoising_step(
             for array in (state.tokens, state.is_masked, state.inputs, recomputed & active[:, None]))
         mixed = parts.smoothing.step(denoiser.embed(params, tokens), outlook.expected, is_masked, info)
         new = jnp.where(renew[..., None], mixed, old).astype(old.dtype)
-        state = dataclasses.replace(state, inputs=lax.dynamic_update_slice(state.inputs, new, (0, start, 0)))
+        state = dataclasses.replace(state, inputs=lax.dynamic_update_slice_in_dim(state.inputs, new, start, axis=1))
     return state
 
 
@@ -99,13 +100,14 @@ def enter_block(
     """Find the first block with work left; on a new one reset the parts' states. Also: the rows at work."""
     length = canvas.block_length
     work = work_left(canvas, state)
-    block = jnp.argmax(canvas.any_row(work)).astype(jnp.int32)
+    block = lax.argmax(canvas.any_row(work), 0, jnp.int32)
     entered = block != state.block
     fresh = parts.transform.init(canvas.batch, length), parts.strategy.init(canvas.batch, length)
     transform, strategy = jax.tree.map(
         lambda new, old: jnp.where(entered, new, old), fresh, (state.transform, state.strategy))
     state = dataclasses.replace(
-        state, transform=transform, strategy=strategy, block=block, blocks_entered=state.blocks_entered + entered,
+        state, transform=transform, strategy=strategy, block=block, 
+        blocks_entered=state.blocks_entered + entered.astype(jnp.int32),
         step_in_block=jnp.where(entered, 0, state.step_in_block))
     start = canvas.first_block + block * length
     info = StepInfo(
@@ -119,7 +121,7 @@ def _forward(
     active: Bool[Array, "B"], *, start: Int[Array, ""], width: int,
 ) -> tuple[Hidden, Cache | None, Bool[Array, "B T"]]:
     """The window's hidden states, the cache, and which positions were recomputed."""
-    column = jnp.arange(canvas.length)
+    column = jnp.arange(canvas.length, dtype=jnp.int32)[None]
     recomputed = canvas.valid & (plan.refresh | ((column >= plan.start) & (column < plan.end)))
     inputs = (denoiser.embed(params, _columns(state.tokens, start, width)) if state.inputs is None
               else _columns(state.inputs, start, width))
@@ -202,12 +204,12 @@ def _logits(
         logits = denoiser.unembed(params, hidden)
         return block(logits), denoiser.expected_embedding(params, logits)
     # The window's logits are never held whole: chunk by chunk, the last one overlapping its neighbour.
-    starts = jnp.minimum(jnp.arange(0, width, HEAD_CHUNK), width - HEAD_CHUNK)
+    starts = jnp.minimum(jnp.arange(0, width, HEAD_CHUNK, dtype=jnp.int32), width - HEAD_CHUNK)
 
     def add(expected: Float[Array, "B W D"], start: Int[Array, ""]) -> tuple[Float[Array, "B W D"], None]:
         chunk = jax.tree.map(lambda array: _columns(array, start, HEAD_CHUNK), hidden)
         values = denoiser.expected_embedding(params, denoiser.unembed(params, chunk))
-        return lax.dynamic_update_slice(expected, values.astype(expected.dtype), (0, start, 0)), None
+        return lax.dynamic_update_slice_in_dim(expected, values.astype(expected.dtype), start, axis=1), None
 
     shape = jax.eval_shape(lambda: denoiser.expected_embedding(params, denoiser.unembed(params, hidden)))
     expected, _ = lax.scan(add, jnp.zeros(shape.shape, shape.dtype), starts)
@@ -226,7 +228,7 @@ def _decide(
 
     def put(array: Array, committed: Array, reopened: Array | int | float) -> Array:
         value = jnp.where(commit, committed, jnp.where(reopen, reopened, block(array)))
-        return lax.dynamic_update_slice(array, value.astype(array.dtype), (0, info.block_start))
+        return lax.dynamic_update_slice_in_dim(array, value.astype(array.dtype), info.block_start, axis=1)
 
     return dataclasses.replace(
         state, strategy=strategy,

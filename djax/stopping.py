@@ -50,7 +50,7 @@ class OnEos:
 
     def ends(self, tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:
         """The EOS tokens."""
-        return (tokens[..., None] == jnp.atleast_1d(jnp.asarray(self.eos_ids))).any(-1)
+        return (tokens[..., None] == jnp.atleast_1d(jnp.asarray(self.eos_ids, jnp.int32))[None, None]).any(-1)
 
     def fill(self) -> Int[Array, ""] | None:
         """The first EOS id."""

@@ -71,8 +71,8 @@ def replay(lm: djax.DiffusionLM, case: Case, recipe: Recipe | None = None) -> st
     if block_diffusion:  # the last block is decoded to its end
         new_tokens = -(-(len(prompt) + new_tokens) // length) * length - len(prompt)
     out = lm.generate(
-        [prompt], recipe=recipe or recipe_of(case), max_new_tokens=new_tokens, block_length=length, mask_id=case["mask_id"],
-        eos_id=case["eos_id"], align=case["align"] or block_diffusion)
+        [prompt], recipe=recipe or recipe_of(case), max_new_tokens=new_tokens, block_length=length,
+        mask_id=case["mask_id"], eos_id=case["eos_id"], align=case["align"] or block_diffusion)
     # Without early stop dInfer ends at EOS all the same, but leaves mask ids where djax fills with EOS.
     drop = {case["eos_id"]} | (set() if case["early_stop"] else {case["mask_id"]})
     got = [int(token) for token in out.canvas[0][out.canvas_mask[0]] if token not in drop]

@@ -90,7 +90,7 @@ class ToyDenoiser:
         self, params: Any, inputs: jax.Array, *, positions: jax.Array, key_mask: jax.Array,
         window_start: jax.Array, write: jax.Array, cache: KVCache | None,
     ) -> tuple[jax.Array, KVCache | None]:
-        angle = positions[..., None] * jnp.asarray(FREQUENCIES, jnp.float32)
+        angle = positions[..., None].astype(jnp.float32) * jnp.asarray(FREQUENCIES, jnp.float32)[None, None]
         x = inputs + jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
         layers = []
         for index, weights in enumerate(params["layers"]):
@@ -100,7 +100,7 @@ class ToyDenoiser:
                 layer = cache.layers[index].write(key, value, window_start=window_start, write=write)
                 layers.append(layer)
                 key, value = layer.key, layer.value
-            scores = jnp.einsum("bwk,btk->bwt", query, key[:, :, 0], precision="highest") / np.sqrt(WIDTH)
+            scores = jnp.einsum("bwk,btk->bwt", query, key[:, :, 0], precision="highest") / WIDTH**0.5
             attention = jax.nn.softmax(jnp.where(key_mask[:, None], scores, -jnp.inf), -1)
             # A NaN outside the row's keys must not come in through 0 * NaN.
             safe = jnp.where(key_mask[..., None], value[:, :, 0], 0.0)

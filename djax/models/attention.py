@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from djax.cache import LayerCache
@@ -101,13 +102,13 @@ def rotate_first(x: Float[Array, "B W H K"], rotation: Rotation) -> Float[Array,
 
 def block_origin(key_mask: Bool[Array, "B T"], block_length: int) -> Int[Array, "B"]:
     """A canvas position at which each row's blocks begin, in [0, L): that of its first key, modulo L."""
-    return jnp.argmax(key_mask, axis=1).astype(jnp.int32) % block_length
+    return lax.argmax(key_mask, 1, jnp.int32) % block_length
 
 
 def block_causal(
     key_mask: Bool[Array, "B T"], *, start: Int[Array, ""], width: int, block_length: int, origin: Int[Array, "B"]
 ) -> Bool[Array, "B w T"]:
     """Which keys each of `width` queries sees, the first of which stands at `start`: its own block and all before."""
-    position = start + jnp.arange(width, dtype=jnp.int32) - origin[:, None]
+    position = start + jnp.arange(width, dtype=jnp.int32)[None] - origin[:, None]
     end = (position // block_length + 1) * block_length + origin[:, None]
-    return key_mask[:, None] & (jnp.arange(key_mask.shape[1]) < end[..., None])
+    return key_mask[:, None] & (jnp.arange(key_mask.shape[1], dtype=jnp.int32)[None, None] < end[..., None])

@@ -7,6 +7,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Key
 
+from djax.ambient import without_mesh
 from djax.config import Llada2MoeConfig, LladaMoeConfig, ModelConfig
 from djax.models.kernels import Kernels
 from djax.models.llada2_moe import Llada2Moe
@@ -28,6 +29,7 @@ def _construct(config: ModelConfig, rngs: nnx.Rngs, kernels: Kernels, parallel: 
     return model
 
 
+@without_mesh()
 def build(config: ModelConfig, *, kernels: Kernels = Kernels(), parallel: Parallel = WHOLE) -> Model:
     """The model with `jax.ShapeDtypeStruct` in place of every parameter.
 
@@ -60,6 +62,7 @@ def logical_axes(config: ModelConfig) -> dict[Any, Any]:
     return tree
 
 
+@without_mesh()
 def init_params(
     config: ModelConfig, key: Key[Array, ""], *, kernels: Kernels = Kernels()
 ) -> tuple[nnx.GraphDef, nnx.State]:

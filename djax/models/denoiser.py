@@ -126,8 +126,7 @@ class Guided:
         cache: Cache | None,
     ) -> tuple[Hidden, Cache | None]:
         """Both forwards of a window; see `djax.types.Denoiser.apply`."""
-        batch, window = inputs.shape[:2]
-        masked = lax.dynamic_slice(self.unconditional, (0, window_start), (batch, window))
+        masked = lax.dynamic_slice_in_dim(self.unconditional, window_start, inputs.shape[1], axis=1)
         mask_embedding = self.denoiser.embed(params, jnp.full((1, 1), self.mask_id, jnp.int32))
         blinded = jnp.where(masked[..., None], mask_embedding.astype(inputs.dtype), inputs)
         first, second = (None, None) if cache is None else cache

@@ -39,7 +39,8 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], *, eps: float)
     """Root mean square norm (arXiv 1910.07467): the variance in float32, the weight applied in x's dtype."""
     wide = x.astype(jnp.float32)
     variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    return weight * (wide * lax.rsqrt(variance + eps)).astype(x.dtype)
+    scale = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    return scale * (wide * lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
 Rotation = tuple[Float[Array, "B W K"], Float[Array, "B W K"]]
@@ -50,7 +51,7 @@ def rotary_angles(positions: Int[Array, "B W"], *, head_dim: int, theta: float) 
     """Rotary position embedding (arXiv 2104.09864): what the pair (x[i], x[i + K/2]) is turned by at each position."""
     # float32 throughout, as the checkpoints were trained: at far positions an ulp here is a visible angle
     inverse_frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequency
+    angles = positions[..., None].astype(jnp.float32) * inverse_frequency[None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 

@@ -43,11 +43,11 @@ def route_in_groups(
         Expert ids, the best first, and weights in float32.
     """
     scores = jax.nn.sigmoid(logits)
-    biased = scores + bias
+    biased = scores + bias[None]
     rows, size = scores.shape[0], scores.shape[1] // num_groups
     best_two, _ = _top_k(biased.reshape(rows * num_groups, size), 2)
     _, groups = _top_k(best_two.sum(axis=-1).reshape(rows, num_groups), groups_per_token)
-    kept = (groups[:, :, None] == jnp.arange(num_groups)).any(axis=1)
+    kept = (groups[:, :, None] == jnp.arange(num_groups, dtype=jnp.int32)[None, None]).any(axis=1)
     _, expert_ids = _top_k(jnp.where(jnp.repeat(kept, size, axis=1), biased, -jnp.inf), experts_per_token)
     weights = jnp.take_along_axis(scores, expert_ids, axis=1)
     return expert_ids, scale * weights / (weights.sum(axis=1, keepdims=True) + TINY)

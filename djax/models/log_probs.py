@@ -22,18 +22,18 @@ def _chunk(
     The last chunk overlaps its neighbour: all have one shape.
     """
     first = jnp.minimum(start, head.shape[0] - size)
-    ids = first + jnp.arange(size)
+    ids = first + jnp.arange(size, dtype=jnp.int32)
     return lax.dynamic_slice_in_dim(head, first, size), jnp.where(ids >= start, ids, -1), first
 
 
 def _logits(hidden: Array, rows: Array, ids: Array, forbidden: Forbidden) -> Float[Array, "M C"]:
     logits = contract("md,cd->mc", hidden, rows, dtype=jnp.float32)
-    dropped = (ids < 0) | (ids >= forbidden.limit) | (ids[:, None] == forbidden.ids).any(axis=-1)
-    return jnp.where(dropped, -jnp.inf, logits)
+    dropped = (ids < 0) | (ids >= forbidden.limit) | (ids[:, None] == forbidden.ids[None]).any(axis=-1)
+    return jnp.where(dropped[None], -jnp.inf, logits)
 
 
 def _starts(head: Array, size: int) -> Int[Array, "chunks"]:
-    return jnp.arange(0, head.shape[0], size)
+    return jnp.arange(0, head.shape[0], size, dtype=jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -54,11 +54,11 @@ def _forward(
         # differences are divided and not logits: these overflow at low temperatures
         total = total * jnp.exp((largest - new) / temperature)
         total += jnp.exp((logits - new[:, None]) / temperature).sum(axis=1)
-        return (new, total, chosen + jnp.where(ids == tokens[:, None], logits, 0.0).sum(axis=1)), None
+        return (new, total, chosen + jnp.where(ids[None] == tokens[:, None], logits, 0.0).sum(axis=1)), None
 
     count = hidden.shape[0]
     # a finite start: -inf minus -inf is NaN
-    start = jnp.full(count, jnp.finfo(jnp.float32).min), jnp.zeros(count), jnp.zeros(count)
+    start = jnp.full(count, jnp.finfo(jnp.float32).min, jnp.float32), *jnp.zeros((2, count), jnp.float32)
     (largest, total, chosen), _ = lax.scan(add, start, _starts(head, size))
     return ((chosen - largest) / temperature - jnp.log(total),
             (hidden, head, tokens, temperature, forbidden, largest, total))
@@ -75,8 +75,8 @@ def _backward(
         logits = _logits(hidden, rows, ids, forbidden)
         scaled = (logits - largest[:, None]) / temperature
         share, allowed = jnp.exp(scaled) / total[:, None], logits != -jnp.inf
-        chosen = (ids == tokens[:, None]) & allowed
-        grad = cotangent[:, None] * (jnp.where(chosen, 1.0, 0.0) - share)  # of the scaled logits
+        chosen = (ids[None] == tokens[:, None]) & allowed
+        grad = cotangent[:, None] * (chosen.astype(jnp.float32) - share)  # of the scaled logits
         counts = allowed & (grad != 0)  # an infinite one of no weight adds nothing
         grad_temperature -= jnp.sum(jnp.where(counts, grad * scaled, 0.0)) / temperature
         grad = (grad / temperature).astype(head.dtype)

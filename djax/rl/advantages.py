@@ -38,7 +38,7 @@ def group_advantages(
     grouped = rewards.astype(jnp.float32).reshape(-1, group_size)
     counts = jnp.isfinite(grouped)
     values = jnp.where(counts, grouped, 0.0)
-    number = counts.sum(-1, keepdims=True)
+    number = counts.sum(-1, keepdims=True, dtype=jnp.float32)
     mean = values.sum(-1, keepdims=True) / jnp.maximum(number, 1)
     centred = jnp.where(counts, values - mean, 0.0)
     if scale == "std":

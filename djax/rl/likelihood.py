@@ -7,10 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from djax.ambient import on_device, without_mesh
+from djax.keys import as_key
 from djax.prompts import Prompt, check_ids, encode_prompts
 from djax.rl.masked_states import masked_states
 from djax.rl.rollout import as_rollout
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Estimator = Literal["stratified", "fixed_k", "gauss", "autoregressive"]
 
 
+@without_mesh()
 def log_likelihood(
     lm: DiffusionLM,
     prompts: Prompt | Sequence[Prompt],
@@ -71,25 +73,32 @@ def log_likelihood(
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch: got {micro_batch}; it must be at least 1")
     given = _given(lm, prompts, targets, mask_id)
-    random_key = jax.random.key(key) if isinstance(key, int | np.integer) else key
+    random_key = as_key(key)
     if scheme == "autoregressive":
         states = masked_states(given, random_key, scheme=scheme)
     else:
-        first, second = (masked_states(given, half, scheme=scheme, n=n // 2) for half in jax.random.split(random_key))
-        states = MaskedStates(masks=jnp.concatenate([first.masks, second.masks], axis=1),
-                              weights=jnp.concatenate([first.weights, second.weights], axis=1) / 2.0)
+        first, second = (jax.device_get(masked_states(given, half, scheme=scheme, n=n // 2))
+                         for half in _halves(random_key))
+        states = MaskedStates(masks=np.concatenate([first.masks, second.masks], axis=1),  # type: ignore[arg-type]
+                              weights=np.concatenate([first.weights, second.weights], axis=1) / 2)  # type: ignore[arg-type]
     states = jax.device_get(states)
     size = given.batch if micro_batch is None else min(micro_batch, given.batch)
     values = []
     for start in range(0, given.batch, size):
         rows = np.minimum(np.arange(start, start + size), given.batch - 1)  # a last cut has the others' shape
-        values.append(np.asarray(_per_state(
-            lm.denoiser, lm.params, given.take(rows), states.take(rows), vocab_chunk=vocab_chunk)))
+        cut = on_device((given.take(rows), states.take(rows)))
+        values.append(jax.device_get(_per_state(lm.denoiser, lm.params, *cut, vocab_chunk=vocab_chunk)))
     found = np.concatenate(values)[: given.batch].astype(np.float64)
     if scheme == "autoregressive":
         return found.sum(axis=1), np.zeros(given.batch)
     one, other = np.split(found, 2, axis=1)
     return found.sum(axis=1), np.sqrt(np.sum((one - other) ** 2, axis=1))
+
+
+@jax.jit
+def _halves(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    first, second = jax.random.split(key)
+    return first, second
 
 
 @partial(jax.jit, static_argnames="vocab_chunk")

@@ -239,7 +239,7 @@ def gdpo_loss(
     """
     counted = lengths > 0
     elbos, old, reference = _sequence_inputs(elbos, old, reference, counted)
-    weights = jnp.where(counted, 1.0 / jnp.maximum(lengths, 1), 0.0) / lengths.shape[0]
+    weights = jnp.where(counted, 1.0 / _at_least_one(lengths), 0.0) / lengths.shape[0]
     kl = None if reference is None else k3(elbos, reference)
     return _assemble(elbos - old, advantages, counted=counted, weights=weights, kl=kl, beta=beta, clip_low=clip_low,
                      clip_high=clip_high)
@@ -265,28 +265,33 @@ def espo_loss(
     """
     counted = lengths > 0
     elbos, old, reference = _sequence_inputs(elbos, old, reference, counted)
-    weights = jnp.where(counted, 1.0, 0.0) / lengths.shape[0]
+    weights = counted.astype(jnp.float32) / lengths.shape[0]
     kl = None if reference is None else k2(elbos, reference)
-    return _assemble((elbos - old) / jnp.maximum(lengths, 1), advantages, counted=counted, weights=weights, kl=kl,
+    return _assemble((elbos - old) / _at_least_one(lengths), advantages, counted=counted, weights=weights, kl=kl,
                      beta=beta, clip_low=clip_low, clip_high=clip_high)
 
 
 def _token_weights(mask: Bool[Array, "B T"], reduce: str) -> Float[Array, "B T"]:
     """What each token counts for; they sum to at most 1."""
     if reduce == "sequence":
-        return mask / jnp.maximum(mask.sum(axis=1, keepdims=True), 1) / mask.shape[0]
+        return mask.astype(jnp.float32) / _at_least_one(mask.sum(axis=1, keepdims=True)) / mask.shape[0]
     if reduce == "batch":
-        return mask / jnp.maximum(mask.sum(), 1)
+        return mask.astype(jnp.float32) / _at_least_one(mask.sum())
     raise ValueError(f"reduce: got {reduce!r}; allowed sequence, batch; choose one")
 
 
 def _step_weights(mask: Bool[Array, "B T"], steps: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Each step of a row counts for 1/B, shared by its tokens."""
-    rows = jnp.arange(mask.shape[0])[:, None]
+    rows = jnp.arange(mask.shape[0], dtype=jnp.int32)[:, None]
     places = jnp.where(mask, steps, 0)
     most = mask.shape[1]  # a step commits at least one token, so there are no more steps than positions
     counts = jnp.zeros((mask.shape[0], most), jnp.int32).at[rows, places].add(mask.astype(jnp.int32))
-    return mask / jnp.maximum(counts[rows, places], 1) / mask.shape[0]
+    return mask.astype(jnp.float32) / _at_least_one(counts[rows, places]) / mask.shape[0]
+
+
+def _at_least_one(counts: Int[Array, "*n"]) -> Float[Array, "*n"]:
+    """Counts to divide by."""
+    return jnp.maximum(counts.astype(jnp.float32), 1.0)
 
 
 def _token_loss(
@@ -326,11 +331,11 @@ def _assemble(
     divergence = jnp.float32(0.0) if kl is None else jnp.sum(weights * kl)
     loss = -objective + beta * divergence
     cut = (clipped < free) | (log_ratio > LARGEST_LOG_RATIO)
-    number = counted.sum()
-    mean = lambda values: jnp.sum(jnp.where(counted, values, 0.0)) / jnp.maximum(number, 1)  # noqa: E731
+    number = counted.sum(dtype=jnp.float32)
+    mean = lambda values: jnp.sum(jnp.where(counted, values, 0.0)) / jnp.maximum(number, 1.0)  # noqa: E731
     return loss, PolicyReport(
-        loss=loss, objective=objective, kl=divergence, clip_fraction=mean(cut), ratio=mean(ratio),
-        count=number.astype(jnp.float32))
+        loss=loss, objective=objective, kl=divergence, clip_fraction=mean(cut.astype(jnp.float32)), ratio=mean(ratio),
+        count=number)
 
 
 def _exp(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:

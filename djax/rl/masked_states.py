@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from djax.canvas import bucket_size
+from djax.ambient import is_traced, on_device, without_mesh
+from djax.keys import as_key
 from djax.rl.types import MaskedStates, Rollout
 
 Scheme = Literal["one_step", "coupled", "fixed_k", "stratified", "gauss", "autoregressive"]
@@ -20,12 +22,13 @@ COUPLED_RANGE = (0.2, 0.8)
 
 
 class _Draw(NamedTuple):
-    """Of the completion's tokens: which are masked, and what each counts."""
+    """Of a completion's tokens: which are masked, and what each counts."""
 
-    chosen: Bool[Array, "B n T"]
-    weights: Float[Array, "B n T"]
+    chosen: Bool[Array, "n T"]
+    weights: Float[Array, "n T"]
 
 
+@without_mesh()
 def trace_states(
     rollout: Rollout, *, shrink: int = 1, num_states: int | None = None, exact: bool = True
 ) -> MaskedStates:
@@ -40,9 +43,11 @@ def trace_states(
         rollout: with `commit_step`.
         shrink: this many consecutive steps become one state, the first of them: fewer forwards, and no longer exact
             above 1 (TraceRL's shrinkage).
-        num_states: n, at least the steps of the longest row; None takes the next size of `djax.canvas.bucket_size`, or
-            the number of open columns where the rollout is traced. States that no row needs cost nothing. Under `jit`
-            too few cannot be refused: tokens whose step lies beyond the states have the weight NaN instead.
+        num_states: n, at least the steps of the longest row. None is what any rollout of this shape needs,
+            `rollout.max_steps`, so that a jitted step is not compiled again for the next one. `score` runs no forward
+            for states that no row needs, but the arrays hold them, 5 bytes for each row, state and position: a bound
+            of your own makes them smaller. Under `jit` too few cannot be refused: tokens whose step lies beyond the
+            states have the weight NaN instead.
         exact: refuse rollouts that are not replayable. False takes the order of commits alone, for ratios of log-probs
             that all come from `score`.
 
@@ -55,20 +60,30 @@ def trace_states(
             'djax.recipes.fast_dllm(cache="none"), or pass exact=False to use the order of commits only')
     if shrink < 1:
         raise ValueError(f"shrink: got {shrink}; it must be at least 1")
-    committed = jnp.asarray(rollout.commit_step) >= 0
-    step = jnp.asarray(rollout.commit_step) // shrink
-    needed = jnp.max(jnp.where(committed, step + 1, 0), axis=1, initial=0)
-    count = _state_count("num_states", num_states, needed, rollout)
-    states = jnp.arange(count)[None, :, None]
+    if num_states is None:
+        count = max(-(-rollout.max_steps // shrink), 1)
+    else:
+        committed = rollout.commit_step if is_traced(rollout.commit_step) else jax.device_get(rollout.commit_step)
+        count = _enough("num_states", num_states, committed.max(initial=-1) // shrink + 1)
+    return _trace_states(*on_device((rollout.is_open, rollout.commit_step)), shrink=shrink, count=count)
+
+
+@partial(jax.jit, static_argnames=("shrink", "count"))
+def _trace_states(
+    is_open: Bool[Array, "B T"], commit_step: Int[Array, "B T"], *, shrink: int, count: int
+) -> MaskedStates:
+    committed, step = commit_step >= 0, commit_step // shrink
+    states = jnp.arange(count, dtype=jnp.int32)[None, :, None]
     decided = (step[:, None] < states) & committed[:, None]
     weights = ((step[:, None] == states) & committed[:, None]).astype(jnp.float32)
     return MaskedStates(
-        masks=jnp.asarray(rollout.is_open)[:, None] & ~decided,
+        masks=is_open[:, None] & ~decided,
         weights=jnp.where((committed & (step >= count))[:, None], jnp.nan, weights))
 
 
+@without_mesh()
 def masked_states(
-    rollout: Rollout, key: Key[Array, ""], *, scheme: Scheme, n: int | None = None,
+    rollout: Rollout, key: int | Key[Array, ""], *, scheme: Scheme, n: int | None = None,
     prompt_mask_probability: float = 0.0,
 ) -> MaskedStates:
     """Random (or fixed) masked states of the completions, whose weighted log-probs sum to an estimate.
@@ -92,11 +107,12 @@ def masked_states(
 
     Args:
         rollout: whose completions are masked.
-        key: of all random numbers; fixed schemes ignore it.
+        key: seed or `jax.random` key of all random numbers; fixed schemes ignore it. What a row gets depends on it and
+            on the row's `rollout.row_ids` only, also when the rollout is cut.
         scheme: see above.
         n: states per row, over which all but coupled and autoregressive average; None is `DEFAULT_STATES`, and for
-            autoregressive enough for the longest completion. Under `jit` too few for autoregressive cannot be refused:
-            tokens beyond the states have the weight NaN instead.
+            autoregressive the rollout's columns from the first block on. Under `jit` too few for autoregressive cannot
+            be refused: tokens beyond the states have the weight NaN instead.
         prompt_mask_probability: in "one_step", each given token is hidden with this probability too (d1: 0.15).
 
     Raises:
@@ -110,74 +126,87 @@ def masked_states(
         raise ValueError(f'prompt_mask_probability: got {prompt_mask_probability} with scheme={scheme!r}; only '
                          '"one_step" masks prompts; leave it at 0')
     completion = rollout.is_completion
-    if scheme == "autoregressive":
-        count = _state_count("n", n, completion.sum(axis=1), rollout)
-    else:
+    if scheme != "autoregressive":
         count = DEFAULT_STATES[scheme] if n is None else n
+    elif n is None:
+        count = max(rollout.length - rollout.first_block, 1)
+    else:
+        count = _enough("n", n, completion.sum(axis=1, dtype=np.int32).max(initial=0))
     if count < 1 or (scheme == "coupled" and (count < 3 or count % 2 == 0)):
         raise ValueError(f"n: got {count}; " + (
             "coupled states are one and pairs: an odd number, at least 3" if scheme == "coupled" else
             "it must be at least 1"))
-    draw_key, prompt_key = jax.random.split(key)
-    draw = _SCHEMES[scheme](draw_key, completion, count)
-    masks = draw.chosen | (jnp.asarray(rollout.is_open) & ~completion)[:, None]
-    if prompt_mask_probability:
-        given = jnp.asarray(rollout.valid) & ~jnp.asarray(rollout.is_open)
-        masks |= given[:, None] & (jax.random.uniform(prompt_key, masks.shape) < prompt_mask_probability)
+    hidden = np.float32(prompt_mask_probability) if prompt_mask_probability else None
+    return _masked_states(
+        as_key(key), *on_device((rollout.row_ids, completion, rollout.is_open, rollout.valid, hidden)),
+        scheme=scheme, count=count)
+
+
+@partial(jax.jit, static_argnames=("scheme", "count"))
+def _masked_states(
+    key: Key[Array, ""], row_ids: Int[Array, "B"], completion: Bool[Array, "B T"], is_open: Bool[Array, "B T"],
+    valid: Bool[Array, "B T"], prompt_mask_probability: Float[Array, ""] | None, *, scheme: Scheme, count: int,
+) -> MaskedStates:
+    keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(key, row)))(row_ids)
+    draw = jax.vmap(partial(_SCHEMES[scheme], count=count))(keys[:, 0], completion)
+    masks = draw.chosen | (is_open & ~completion)[:, None]
+    if prompt_mask_probability is not None:
+        number = jax.vmap(lambda key: jax.random.uniform(key, masks.shape[1:], jnp.float32))(keys[:, 1])
+        masks |= (valid & ~is_open)[:, None] & (number < prompt_mask_probability)
     return MaskedStates(masks=masks, weights=draw.weights)
 
 
-def _one_step(key: Key[Array, ""], completion: Bool[Array, "B T"], count: int) -> _Draw:
-    chosen = jnp.repeat(completion[:, None], count, axis=1)
-    return _Draw(chosen, chosen / jnp.float32(count))
+def _one_step(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Draw:
+    chosen = jnp.repeat(completion[None], count, axis=0)
+    return _Draw(chosen, chosen.astype(jnp.float32) / count)
 
 
-def _coupled(key: Key[Array, ""], completion: Bool[Array, "B T"], count: int) -> _Draw:
-    pairs, (rows, length) = (count - 1) // 2, completion.shape
+def _coupled(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Draw:
+    pairs = (count - 1) // 2
     ratio_key, mask_key = jax.random.split(key)
     low, high = COUPLED_RANGE
-    ratio = jax.random.uniform(ratio_key, (rows, pairs, 1), minval=low, maxval=high)
-    everything = completion[:, None]
-    first = everything & (jax.random.uniform(mask_key, (rows, pairs, length)) < ratio)
+    ratio = jax.random.uniform(ratio_key, (pairs, 1), jnp.float32, minval=low, maxval=high)
+    everything = completion[None]
+    first = everything & (jax.random.uniform(mask_key, (pairs, completion.size), jnp.float32) < ratio)
     second = everything & ~first
-    chosen = jnp.concatenate([everything, first, second], axis=1)
-    weights = jnp.concatenate([everything.astype(jnp.float32), first / ratio, second / (1.0 - ratio)], axis=1)
-    return _Draw(chosen, weights / (pairs + 1))
+    chosen = jnp.concatenate([everything, first, second])
+    weight = jnp.concatenate([jnp.ones((1, 1), jnp.float32), 1.0 / ratio, 1.0 / (1.0 - ratio)])
+    return _Draw(chosen, jnp.where(chosen, weight, 0.0) / (pairs + 1))
 
 
-def _fixed_k(key: Key[Array, ""], completion: Bool[Array, "B T"], count: int) -> _Draw:
+def _fixed_k(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Draw:
     size_key, mask_key = jax.random.split(key)
-    return _of_sizes(mask_key, completion, jax.random.uniform(size_key, (completion.shape[0], count)))
+    return _of_sizes(mask_key, completion, jax.random.uniform(size_key, (count,), jnp.float32))
 
 
-def _stratified(key: Key[Array, ""], completion: Bool[Array, "B T"], count: int) -> _Draw:
+def _stratified(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Draw:
     size_key, mask_key = jax.random.split(key)
-    within = jax.random.uniform(size_key, (completion.shape[0], count))
-    return _of_sizes(mask_key, completion, (jnp.arange(count) + within) / count)
+    within = jax.random.uniform(size_key, (count,), jnp.float32)
+    return _of_sizes(mask_key, completion, (jnp.arange(count, dtype=jnp.float32) + within) / count)
 
 
-def _of_sizes(key: Key[Array, ""], completion: Bool[Array, "B T"], place: Float[Array, "B n"]) -> _Draw:
+def _of_sizes(key: Key[Array, ""], completion: Bool[Array, "T"], place: Float[Array, "n"]) -> _Draw:
     """Random sets of the sizes at `place` in 1..L, each size an equal part of [0, 1); weight L/size, divided by n."""
-    length = completion.sum(axis=1, dtype=jnp.int32)[:, None]
-    size = jnp.minimum((place * length).astype(jnp.int32), length - 1) + 1
+    length = completion.sum(dtype=jnp.int32)
+    size = jnp.minimum((place * length.astype(jnp.float32)).astype(jnp.int32), length - 1) + 1
     chosen = _random_sets(key, completion, size)
-    weight = length / (jnp.maximum(size, 1) * place.shape[1])
-    return _Draw(chosen, jnp.where(chosen, weight[..., None], 0.0).astype(jnp.float32))
+    weight = length.astype(jnp.float32) / (jnp.maximum(size, 1).astype(jnp.float32) * place.size)
+    return _Draw(chosen, jnp.where(chosen, weight[:, None], 0.0))
 
 
-def _gauss(key: Key[Array, ""], completion: Bool[Array, "B T"], count: int) -> _Draw:
+def _gauss(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Draw:
     nodes, node_weights = np.polynomial.legendre.leggauss(count)
     time, share = (nodes + 1.0) / 2.0, node_weights / 2.0
-    length = completion.sum(axis=1, dtype=jnp.int32)[:, None]
-    size = jnp.clip(jnp.round(jnp.asarray(time, jnp.float32) * length).astype(jnp.int32), 1, length)
-    chosen = _random_sets(key, completion, size)
-    return _Draw(chosen, jnp.where(chosen, jnp.asarray(share / time, jnp.float32)[None, :, None], 0.0))
+    length = completion.sum(dtype=jnp.int32)
+    size = jnp.round(jnp.asarray(time, jnp.float32) * length.astype(jnp.float32)).astype(jnp.int32)
+    chosen = _random_sets(key, completion, jnp.clip(size, 1, length))
+    return _Draw(chosen, jnp.where(chosen, jnp.asarray(share / time, jnp.float32)[:, None], 0.0))
 
 
-def _autoregressive(key: Key[Array, ""], completion: Bool[Array, "B T"], count: int) -> _Draw:
-    place = (jnp.cumsum(completion, axis=1, dtype=jnp.int32) - 1)[:, None]
-    states = jnp.arange(count)[None, :, None]
-    everything = completion[:, None]
+def _autoregressive(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Draw:
+    place = (jnp.cumsum(completion, dtype=jnp.int32) - 1)[None]
+    states = jnp.arange(count, dtype=jnp.int32)[:, None]
+    everything = completion[None]
     weights = (everything & (place == states)).astype(jnp.float32)
     return _Draw(everything & (place >= states), jnp.where(everything & (place >= count), jnp.nan, weights))
 
@@ -186,23 +215,17 @@ _SCHEMES = {"one_step": _one_step, "coupled": _coupled, "fixed_k": _fixed_k, "st
             "gauss": _gauss, "autoregressive": _autoregressive}
 
 
-def _random_sets(
-    key: Key[Array, ""], completion: Bool[Array, "B T"], size: Int[Array, "B n"]
-) -> Bool[Array, "B n T"]:
+def _random_sets(key: Key[Array, ""], completion: Bool[Array, "T"], size: Int[Array, "n"]) -> Bool[Array, "n T"]:
     """Uniformly random sets of `size` of the completion's positions."""
-    rows, length = completion.shape
-    number = jax.random.uniform(key, (rows, size.shape[1], length))
-    number = jnp.where(completion[:, None], number, 2.0)
-    rank = jnp.argsort(jnp.argsort(number, axis=-1), axis=-1)
-    return completion[:, None] & (rank < size[..., None])
+    number = jax.random.uniform(key, (size.size, completion.size), jnp.float32)
+    number = jnp.where(completion[None], number, 2.0)
+    rank = jnp.argsort(jnp.argsort(number, axis=-1), axis=-1).astype(jnp.int32)
+    return completion[None] & (rank < size[:, None])
 
 
-def _state_count(name: str, given: int | None, needed: Any, rollout: Rollout) -> int:
-    """How many states hold `needed` [B] of every row; a static number."""
-    traced = isinstance(needed, jax.core.Tracer)
-    most = 0 if traced else int(np.max(np.asarray(needed), initial=0))
-    if given is None:
-        return max(rollout.length - rollout.first_block, 1) if traced else bucket_size(most, minimum=1)
-    if given < max(most, 1):
-        raise ValueError(f"{name}: got {given}; the longest row needs {max(most, 1)}; give at least that, or None")
+def _enough(name: str, given: int, needed: Any) -> int:
+    """A number of states that holds what the longest row needs; what is traced cannot be looked at."""
+    least = 1 if is_traced(needed) else max(int(jax.device_get(needed)), 1)
+    if given < least:
+        raise ValueError(f"{name}: got {given}; the longest row needs {least}; give at least that, or None")
     return given

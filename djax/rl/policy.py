@@ -64,7 +64,7 @@ class DiffusionPolicy(nnx.Module):
         `positions` and `attention_mask` are causal and not read: all positions that are open in a rollout are here, as
         masks, also behind an EOS, where the sampler saw them too.
         """
-        columns = jnp.arange(input_tokens.shape[1])
+        columns = jnp.arange(input_tokens.shape[1], dtype=jnp.int32)[None]
         is_completion = columns >= input_tokens.shape[1] - self.completion_length
         valid = (input_tokens != PAD_ID) | is_completion
         mask_id = self.model.config.mask_id

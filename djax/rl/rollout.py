@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jax import lax
+from jaxtyping import Array, Int, Key
 
 from djax import recipes
+from djax.ambient import on_device, without_mesh
 from djax.calls import CallOptions, make_parts, resolve_ids
 from djax.canvas import Canvas
 from djax.generation import Generation
@@ -30,6 +33,7 @@ EXACT = recipes.fast_dllm(threshold=0.9, cache="none")
 """The recipe of rollouts if nobody says: parallel decoding that a scorer can replay."""
 
 
+@without_mesh()
 def rollout(
     lm: DiffusionLM,
     prompts: Prompt | Sequence[Prompt],
@@ -96,6 +100,7 @@ def rollout(
     return _sample(lm, canvas, parts, options, eos_ids=eos_ids, key=key, micro_batch=micro_batch, row_ids=row_ids)
 
 
+@without_mesh()
 def rollout_infill(
     lm: DiffusionLM,
     tokens: Sequence[Sequence[int]],
@@ -155,7 +160,9 @@ def rollout_infill(
                    micro_batch=micro_batch, row_ids=row_ids)
 
 
-def record(canvas: Canvas, result: Result, *, parts: Parts, guided: bool = False) -> Rollout:
+def record(
+    canvas: Canvas, result: Result, *, parts: Parts, guided: bool = False, row_ids: Int[Array, "B"] | None = None,
+) -> Rollout:
     """The rollout of a `djax.denoise` of your own: its canvas, its result, and the parts that it ran with.
 
     Pure and traceable.
@@ -165,9 +172,10 @@ def record(canvas: Canvas, result: Result, *, parts: Parts, guided: bool = False
         result: what it gave.
         parts: one choice per axis, as given to `denoise`.
         guided: whether the denoiser was wrapped in guidance.
+        row_ids: as given to `denoise`; None is 0, 1, 2, ...
     """
-    columns = jnp.arange(canvas.length)
-    start = jnp.argmax(canvas.is_masked, axis=1)
+    columns = jnp.arange(canvas.length, dtype=jnp.int32)[None]
+    start = lax.argmax(canvas.is_masked, 1, jnp.int32)
     first_masked = jnp.min(jnp.where(result.is_masked, columns, canvas.length), axis=1)
     end = jnp.minimum(start + result.lengths, first_masked)
     lengths = (canvas.is_masked & (columns < end[:, None])).sum(axis=1, dtype=jnp.int32)
@@ -176,8 +184,10 @@ def record(canvas: Canvas, result: Result, *, parts: Parts, guided: bool = False
         tokens=result.tokens, valid=canvas.valid, is_open=canvas.is_masked, is_masked=result.is_masked,
         positions=canvas.positions, lengths=lengths, nfe=result.nfe, steps=result.steps,
         stop_reason=result.stop_reason, commit_step=result.commit_step, log_prob=result.log_prob,
+        row_ids=jnp.arange(canvas.batch, dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids, jnp.int32),
         mask_id=canvas.mask_id, temperature=_temperature(parts.propose), forbidden=_forbidden(parts.transform),
-        first_block=canvas.first_block, block_length=canvas.block_length, replayable=not obstacles,
+        first_block=canvas.first_block, block_length=canvas.block_length,
+        max_steps=canvas.num_blocks * parts.strategy.max_steps(canvas.block_length), replayable=not obstacles,
         not_replayable_because="; ".join(obstacles) or None)
 
 
@@ -206,18 +216,20 @@ def as_rollout(
     whole = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     is_open = [np.arange(len(row)) >= len(prompt) for row, prompt in zip(whole, prompts, strict=True)]
     canvas = Canvas.from_tokens(whole, is_open, block_length=1, mask_id=mask_id, pad_id=pad_id)  # type: ignore[arg-type]
-    tokens = np.array(canvas.tokens)
-    tokens[np.asarray(canvas.is_masked)] = [token for completion in completions for token in completion]
-    none = jnp.zeros(canvas.batch, jnp.int32)
-    return jax.device_get(Rollout(
-        tokens=jnp.asarray(tokens), valid=canvas.valid, is_open=canvas.is_masked,
-        is_masked=jnp.zeros_like(canvas.is_masked), positions=canvas.positions,
-        lengths=jnp.asarray([len(row) for row in completions], jnp.int32), nfe=none, steps=none,
-        stop_reason=none + int(StopReason.LENGTH), commit_step=jnp.full(tokens.shape, -1, jnp.int32),
-        log_prob=jnp.zeros(tokens.shape, jnp.float32), mask_id=canvas.mask_id, temperature=jnp.float32(1.0),
-        forbidden=jax.tree.map(jnp.asarray, forbidden), first_block=canvas.first_block,
-        block_length=canvas.block_length, replayable=False,
-        not_replayable_because="its tokens were given, not sampled"))
+    tokens = np.array(jax.device_get(canvas.tokens))
+    tokens[jax.device_get(canvas.is_masked)] = [token for completion in completions for token in completion]
+    none = np.zeros(canvas.batch, np.int32)
+    fields: dict[str, Any] = {
+        "tokens": tokens, "valid": canvas.valid, "is_open": canvas.is_masked, "is_masked": np.zeros(tokens.shape, bool),
+        "positions": canvas.positions, "lengths": np.asarray([len(row) for row in completions], np.int32), "nfe": none,
+        "steps": none, "stop_reason": none + np.int32(StopReason.LENGTH),
+        "commit_step": np.full(tokens.shape, -1, np.int32), "log_prob": np.zeros(tokens.shape, np.float32),
+        "row_ids": np.arange(canvas.batch, dtype=np.int32), "mask_id": canvas.mask_id, "temperature": np.float32(1.0),
+        "forbidden": forbidden}
+    return Rollout(
+        **jax.device_get(fields), first_block=canvas.first_block, block_length=canvas.block_length,
+        max_steps=canvas.length - canvas.first_block, replayable=False,
+        not_replayable_because="its tokens were given, not sampled")
 
 
 def _sample(
@@ -240,29 +252,37 @@ def _sample(
         cut = _take(canvas, rows, idle)
         generation = lm.decode(
             cut, parts, guidance=options.guidance, eos_ids=eos_ids, key=key, row_ids=ids[rows].tolist())
-        got = _of_generation(cut, generation, parts, guided=options.guidance is not None)
-        rollouts.append(jax.device_get(got).take(slice(0, size - int(idle.sum()))))
+        got = _of_generation(cut, generation, parts, ids[rows], guided=options.guidance is not None)
+        rollouts.append(got.take(slice(0, size - int(idle.sum()))))
     joined = {name: np.concatenate([getattr(part, name) for part in rollouts]) for name in PER_ROW}
     return dataclasses.replace(rollouts[0], **joined)
 
 
-def _of_generation(canvas: Canvas, generation: Generation, parts: Parts, *, guided: bool) -> Rollout:
-    got = jax.tree.map(jnp.asarray, {
+def _of_generation(
+    canvas: Canvas, generation: Generation, parts: Parts, row_ids: np.ndarray, *, guided: bool
+) -> Rollout:
+    got: dict[str, Any] = {
         field.name: getattr(generation, field.name) for field in dataclasses.fields(Generation)
-        if field.name not in ("text", "tokens", "stop_reason")})
+        if field.name not in ("text", "tokens", "stop_reason")}
     reasons = [stop_reasons(parts.stop_rule).index(reason) for reason in generation.stop_reason]
     result = Result(
         tokens=got["canvas"], is_masked=got["is_masked"], valid=got["canvas_mask"], commit_step=got["commit_step"],
         log_prob=got["log_prob"], lengths=got["lengths"], nfe=got["nfe"], steps=got["steps"],
-        refreshes=got["refreshes"], stop_reason=jnp.asarray(reasons, jnp.int32))
+        refreshes=got["refreshes"], stop_reason=np.asarray(reasons, np.int32))  # type: ignore[arg-type]
     # a `Generation` counts generated tokens, as is wanted here; `record` expects a `Result`'s count of positions
-    return dataclasses.replace(record(canvas, result, parts=parts, guided=guided), lengths=got["lengths"])
+    found = _record(*on_device((canvas, result, parts, row_ids.astype(np.int32))), guided=guided)
+    return jax.device_get(dataclasses.replace(found, lengths=got["lengths"]))
+
+
+@partial(jax.jit, static_argnames="guided")
+def _record(canvas: Canvas, result: Result, parts: Parts, row_ids: Int[Array, "B"], *, guided: bool) -> Rollout:
+    return record(canvas, result, parts=parts, guided=guided, row_ids=row_ids)
 
 
 def _take(canvas: Canvas, rows: np.ndarray, idle: np.ndarray) -> Canvas:
     tokens, is_masked, valid, positions = (
-        np.asarray(array)[rows] for array in (canvas.tokens, canvas.is_masked, canvas.valid, canvas.positions))
-    arrays = jax.tree.map(jnp.asarray, {
+        jax.device_get(array)[rows] for array in (canvas.tokens, canvas.is_masked, canvas.valid, canvas.positions))
+    arrays: dict[str, Any] = jax.device_put({
         "tokens": tokens, "is_masked": is_masked & ~idle[:, None], "valid": valid, "positions": positions})
     return dataclasses.replace(canvas, **arrays)
 

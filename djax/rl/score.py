@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from djax.ambient import on_device, without_mesh
 from djax.models import ModelDenoiser
 from djax.models.log_probs import token_log_probs
 from djax.rl.types import MaskedStates, Rollout
@@ -25,6 +26,7 @@ POSITION_CHUNK = 128
 """Positions whose logits are held at once, for denoisers that can only give logits of the whole vocabulary."""
 
 
+@without_mesh()
 def score(
     denoiser: nnx.GraphDef[Any] | Denoiser,
     params: Params,
@@ -67,11 +69,21 @@ def score(
         raise ValueError(
             f"states: got masks {states.masks.shape} and weights {states.weights.shape} for tokens "
             f"{rollout.tokens.shape}; both must be [rows, states, positions] of these tokens")
-    heat = jnp.asarray(rollout.temperature if temperature is None else temperature, jnp.float32)
+    heat = rollout.temperature if temperature is None else temperature
+    arguments = on_device((denoiser, check_alive(params), rollout, states, heat))
+    return _program(*arguments, vocab_chunk=vocab_chunk, reduce=reduce, remat=remat)
+
+
+# one jitted function: called outside of the caller's own, it is compiled once for each structure and shape
+@partial(jax.jit, static_argnames=("vocab_chunk", "reduce", "remat"))
+def _program(
+    denoiser: nnx.GraphDef[Any] | Denoiser, params: Params, rollout: Rollout, states: MaskedStates,
+    temperature: float | Float[Array, ""], *, vocab_chunk: int, reduce: Reduce, remat: bool,
+) -> Array:
+    heat = jnp.asarray(temperature, jnp.float32)
     heat = jnp.where(heat > 0, heat, 1.0)
     ask = partial(_score, denoiser, vocab_chunk=vocab_chunk, reduce=reduce, remat=remat)
-    arguments = jax.tree.map(jnp.asarray, (check_alive(params), rollout, states, heat))
-    return _partitioned(ask, *arguments)
+    return _partitioned(ask, params, rollout, states, heat)
 
 
 def _score(
@@ -85,7 +97,7 @@ def _score(
         # a row without weight runs as a copy of one with weight, and all masked if none has: were it NaN, a `where`
         # would keep it out of the sum, but not out of the gradient
         has = (weights != 0).any(axis=1)
-        rows = jnp.where(has, jnp.arange(has.size), jnp.argmax(has))
+        rows = jnp.where(has, jnp.arange(has.size, dtype=jnp.int32), lax.argmax(has, 0, jnp.int32))
         shown = rollout.take(rows)
         found = log_probs(shown, jnp.where(mask[rows] | ~has.any(), rollout.mask_id, shown.tokens))
         return jnp.where(weights != 0, weights * jnp.where(weights != 0, found, 0.0), 0.0)

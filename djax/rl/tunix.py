@@ -32,6 +32,7 @@ from tunix.rl import utils as tunix_utils
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
 
+from djax.keys import as_key
 from djax.models import build
 from djax.recipes import Recipe
 from djax.rl.advantages import group_advantages
@@ -273,6 +274,7 @@ class _Constants:
     vocab_limit: int
     first_block: int
     block_length: int
+    max_steps: int
 
 
 @flax.struct.dataclass
@@ -295,7 +297,7 @@ class TraceExample(common.TrainExample):
         constants = _Constants(
             mask_id=int(got.mask_id), temperature=float(got.temperature),
             forbidden_ids=tuple(np.asarray(got.forbidden.ids).tolist()), vocab_limit=int(got.forbidden.limit),
-            first_block=got.first_block, block_length=got.block_length)
+            first_block=got.first_block, block_length=got.block_length, max_steps=got.max_steps)
         tokens, first = got.tokens, got.first_block
         return cls(
             prompt_ids=jnp.asarray(np.where(got.valid, tokens, PAD_ID)[:, :first]),
@@ -313,7 +315,7 @@ class TraceExample(common.TrainExample):
         return Rollout(
             **self.rows, mask_id=jnp.int32(shared.mask_id), temperature=jnp.float32(shared.temperature),
             forbidden=Forbidden(ids=jnp.asarray(shared.forbidden_ids, jnp.int32), limit=jnp.int32(shared.vocab_limit)),
-            first_block=shared.first_block, block_length=shared.block_length,
+            first_block=shared.first_block, block_length=shared.block_length, max_steps=shared.max_steps,
         ), MaskedStates(masks=self.masks, weights=self.weights)
 
 
@@ -418,12 +420,7 @@ def _scored(policy: DiffusionPolicy, rollouts: Rollout, states: MaskedStates) ->
 
 def _key(seed: Any) -> Key[Array, ""]:
     """A key from what Tunix calls a seed: nothing, a number, or a key of either kind."""
-    if seed is None or isinstance(seed, int | np.integer):
-        return jax.random.key(0 if seed is None else int(seed))
-    array = jnp.asarray(seed) if isinstance(seed, np.ndarray) else seed
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return array
-    return jax.random.wrap_key_data(array) if array.ndim else jax.random.key(array)
+    return as_key(0 if seed is None else seed, name="seed")
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B P"]:
@@ -439,6 +436,8 @@ def _joined(rollouts: Sequence[Rollout], *, first_block: int) -> Rollout:
     moved = [_widened(part, first_block) for part in rollouts]
     rows: dict[str, Any] = {
         name: np.concatenate([np.asarray(getattr(part, name)) for part in moved]) for name in PER_ROW}
+    # each part counted its own from 0, and rows that share an identity would be masked alike
+    rows["row_ids"] = np.arange(len(rows["row_ids"]), dtype=np.int32)
     return dataclasses.replace(moved[0], **rows)
 
 

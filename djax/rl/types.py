@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,8 @@ class Rollout:
     """The row's step (from 0) that committed each position; -1 for pinned, filled and masked ones."""
     log_prob: Float[Array, "B T"]
     """float32 log-prob of each committed token under the distribution it was drawn from; 0 elsewhere."""
+    row_ids: Int[Array, "B"]
+    """The identity of each row for random keys: what is drawn for a row stays the same when the rollout is cut."""
     mask_id: Int[Array, ""]
     """What a masked position feeds the model."""
     temperature: Float[Array, ""]
@@ -52,6 +55,8 @@ class Rollout:
     """Canvas index of the first block; everything before it is given."""
     block_length: int = struct.field(pytree_node=False)
     """Positions that were decoded together."""
+    max_steps: int = struct.field(pytree_node=False)
+    """Static bound on a row's steps: its blocks times what the strategy may take for each."""
     replayable: bool = struct.field(pytree_node=False, default=True)
     """Whether `score` at `trace_states` gives `log_prob` again."""
     not_replayable_because: str | None = struct.field(pytree_node=False, default=None)
@@ -70,8 +75,11 @@ class Rollout:
     @property
     def is_completion(self) -> Bool[Array, "B T"]:
         """The generated tokens that count: the first `lengths` open positions."""
-        counted = jnp.cumsum(self.is_open, axis=1, dtype=jnp.int32) <= jnp.asarray(self.lengths)[:, None]
-        return self.is_open & counted & ~jnp.asarray(self.is_masked)
+        # host arrays stay there: a new array would lie wherever the caller's `jax.set_mesh` says
+        library: Any = np if isinstance(self.is_open, np.ndarray) else jnp
+        counted = library.cumsum(self.is_open, axis=1, dtype=np.int32) <= self.lengths[:, None]
+        found: Bool[Array, "B T"] = self.is_open & counted & ~self.is_masked
+        return found
 
     def take(self, rows: slice | Int[Array, "b"] | Int[np.ndarray, "b"]) -> Rollout:
         """Some of the rows."""
@@ -86,7 +94,7 @@ class Rollout:
 
 
 PER_ROW = ("tokens", "valid", "is_open", "is_masked", "positions", "lengths", "nfe", "steps", "stop_reason",
-           "commit_step", "log_prob")
+           "commit_step", "log_prob", "row_ids")
 """Fields of a `Rollout` whose first axis is its rows."""
 
 

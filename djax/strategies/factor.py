@@ -40,8 +40,8 @@ class Factor:
         """The largest admissible prefix of the confidences in descending order."""
         confidence = masked_confidence(candidates, is_masked)
         descending = -jnp.sort(-confidence, axis=-1)
-        n = jnp.arange(1, confidence.shape[-1] + 1)
+        n = jnp.arange(1, confidence.shape[-1] + 1, dtype=jnp.float32)[None]
         admissible = ((n + 1) * (1.0 - descending) < self.factor).at[:, 0].set(True)
-        count = jnp.cumprod(admissible.astype(jnp.int32), axis=-1).sum(-1)
+        count = jnp.cumprod(admissible.astype(jnp.int32), axis=-1).sum(-1, dtype=jnp.int32)
         commit = (rank(confidence) < count[:, None]) & jnp.isfinite(confidence)
         return Decision(commit=commit, reopen=jnp.zeros_like(commit)), state

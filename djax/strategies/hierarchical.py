@@ -52,10 +52,10 @@ def _best_of_runs(confidence: Float[Array, "B L"], is_masked: Bool[Array, "B L"]
     """The first most confident position of each maximal run of masked positions."""
     length = is_masked.shape[-1]
     starts = is_masked & ~jnp.pad(is_masked, ((0, 0), (1, 0)))[:, :length]
-    run = jnp.where(is_masked, jnp.cumsum(starts, axis=-1), 0)
+    run = jnp.where(is_masked, jnp.cumsum(starts, axis=-1, dtype=jnp.int32), 0)
     # L is a block, so the [L, L] comparison is cheaper than a segmented scan.
     same = (run[:, :, None] == run[:, None, :]) & is_masked[:, :, None] & is_masked[:, None, :]
-    columns = jnp.arange(length)
+    columns = jnp.arange(length, dtype=jnp.int32)
     ahead = (confidence[:, None, :] > confidence[:, :, None]) | (
         (confidence[:, None, :] == confidence[:, :, None]) & (columns[None, None, :] < columns[None, :, None]))
     return is_masked & ~(same & ahead).any(-1)

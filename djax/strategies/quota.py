@@ -40,6 +40,6 @@ class Quota:
         """The step's quota of most confident positions."""
         confidence = masked_confidence(candidates, is_masked)
         steps = jnp.maximum(jnp.asarray(self.steps, jnp.int32), 1)
-        quota = info.num_open // steps + (info.step_in_block < info.num_open % steps)
+        quota = info.num_open // steps + (info.step_in_block < info.num_open % steps).astype(jnp.int32)
         commit = (rank(confidence) < jnp.maximum(quota, 1)[:, None]) & jnp.isfinite(confidence)
         return Decision(commit=commit, reopen=jnp.zeros_like(commit)), state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from djax.types import Candidates
@@ -21,5 +22,5 @@ def rank(confidence: Float[Array, "B L"]) -> Int[Array, "B L"]:
 
 def best(confidence: Float[Array, "B L"]) -> Bool[Array, "B L"]:
     """The first position with the highest confidence of its row; none where all are -inf."""
-    columns = jnp.arange(confidence.shape[-1])
-    return (columns == jnp.argmax(confidence, axis=-1)[:, None]) & jnp.isfinite(confidence)
+    columns = jnp.arange(confidence.shape[-1], dtype=jnp.int32)[None]
+    return (columns == lax.argmax(confidence, 1, jnp.int32)[:, None]) & jnp.isfinite(confidence)

@@ -42,7 +42,7 @@ class RandomOrder:
     ) -> tuple[Decision, PartState]:
         """The inner decision on random scores."""
         length = is_masked.shape[-1]
-        score = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
+        score = jax.vmap(lambda key: jax.random.uniform(key, (length,), jnp.float32))(keys)
         score = jnp.where(jnp.isneginf(candidates.confidence), -jnp.inf, score)
         return self.strategy.step(keys, dataclasses.replace(candidates, confidence=score), is_masked, info, state)
 
@@ -80,7 +80,7 @@ class Remasking:
         """The inner decision, and the doubtful positions to reopen."""
         decision, state = self.strategy.step(keys, candidates, is_masked, info, state)
         doubtful = info.is_open & ~is_masked & ~decision.commit & (candidates.current < self.threshold)
-        allowed = (decision.commit & is_masked).sum(-1) - decision.reopen.sum(-1) - 1
+        allowed = (decision.commit & is_masked).sum(-1, dtype=jnp.int32) - decision.reopen.sum(-1, dtype=jnp.int32) - 1
         worst_first = rank(jnp.where(doubtful, -candidates.current, -jnp.inf))
         reopen = doubtful & (worst_first < allowed[:, None])
         return dataclasses.replace(decision, reopen=decision.reopen | reopen), state

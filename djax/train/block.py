@@ -62,11 +62,13 @@ def draw_blocks(key: Key[Array, ""], is_token: Bool[Array, "B A"], *, longest: i
     """Blocks that end at each token with one probability a row, a noise level t ~ U(0, 1) for each, and the masks."""
     rows, tokens = is_token.shape
     for_rate, for_ends, for_levels, for_masks = jax.random.split(key, 4)
-    ends = jax.random.uniform(for_ends, is_token.shape) < longest ** -spread_evenly(for_rate, rows)[:, None]
+    rate = longest ** -spread_evenly(for_rate, rows)[:, None]
+    ends = jax.random.uniform(for_ends, is_token.shape, jnp.float32) < rate
     number = 1 + jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends.astype(jnp.int32)
-    levels = SMALLEST_NOISE + (1 - SMALLEST_NOISE) * jax.random.uniform(for_levels, (rows, tokens + 1))
+    levels = SMALLEST_NOISE + (1 - SMALLEST_NOISE) * jax.random.uniform(for_levels, (rows, tokens + 1), jnp.float32)
     noise = jnp.take_along_axis(levels, number, axis=1)
-    return Blocks(number=number, noise=noise, masked=is_token & (jax.random.uniform(for_masks, is_token.shape) < noise))
+    chance = jax.random.uniform(for_masks, is_token.shape, jnp.float32)
+    return Blocks(number=number, noise=noise, masked=is_token & (chance < noise))
 
 
 def block_mask(valid: Bool[Array, "B T"], places: Int[Array, "B A"], number: Int[Array, "B A"]) -> Bool[Array, "B Q Q"]:
@@ -77,7 +79,8 @@ def block_mask(valid: Bool[Array, "B T"], places: Int[Array, "B A"], number: Int
     """
     rows, length = valid.shape
     real = places < length
-    clean = jnp.zeros((rows, length), jnp.int32).at[jnp.arange(rows)[:, None], places].set(number, mode="drop")
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    clean = jnp.zeros((rows, length), jnp.int32).at[row, places].set(number, mode="drop")
     clean = jax.lax.cummax(clean, axis=1)  # what is given between answers belongs to the block before it
     from_clean = (clean[:, :, None] >= clean[:, None, :]) & valid[:, None, :]
     from_noised = (number[:, :, None] > clean[:, None, :]) & valid[:, None, :]
@@ -128,7 +131,7 @@ def block_diffusion_loss(
     log_probs, logits = noised_log_probs(
         model, batch, blocks, mask_id=mask_id, remat=remat, vocab_chunk=vocab_chunk)
     rows = -jnp.sum(jnp.where(blocks.masked, log_probs / blocks.noise, 0.0), axis=1)
-    diffusion = jnp.mean(rows / jnp.maximum(real.sum(axis=1), 1))
+    diffusion = jnp.mean(rows / jnp.maximum(real.sum(axis=1, dtype=jnp.float32), 1.0))
     balance, router_z = router_losses(
         logits, jnp.concatenate([batch.valid, real], axis=1), experts_per_token=model.config.experts_per_token)
     total = diffusion + weights.balance * balance + weights.router_z * router_z

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from djax.ambient import without_mesh
+from djax.keys import as_key
 from djax.train.checkpoints import Checkpoints
 from djax.train.loss import Batch
 from djax.train.step import Report, Step, TrainState
@@ -49,11 +51,12 @@ class Schedule:
         return done % self.log_every == 0 or self.saves(done)
 
 
+@without_mesh()
 def fit(
     state: TrainState,
     step: Step,
     batches: Callable[[int], Batch],
-    key: Key[Array, ""],
+    key: int | Key[Array, ""],
     *,
     schedule: Schedule,
     directory: Path | None = None,
@@ -67,7 +70,7 @@ def fit(
         state: the start; donated.
         step: from `make_step`, not jitted.
         batches: the batch of update n, from n alone; this is what makes a resumed run the same run.
-        key: of the noise.
+        key: seed or `jax.random` key of the noise.
         schedule: lengths and intervals.
         directory: for `checkpoints/` and `metrics.jsonl`; None keeps nothing.
         keep: checkpoints that stay.
@@ -90,7 +93,7 @@ def fit(
             state = _resume(checkpoints, state, meta)
         run = jax.jit(step, donate_argnums=0)
         with _log(directory, upto=int(state.step)) as log:
-            for done, latest, metrics in _updates(run, state, batches, key, schedule):
+            for done, latest, metrics in _updates(run, state, batches, as_key(key), schedule):
                 state = latest
                 if metrics is not None:
                     # lines between are for whoever watches: a resumed run's file is that of one that was not

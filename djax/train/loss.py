@@ -59,7 +59,7 @@ class Losses:
 
 def spread_evenly(key: Key[Array, ""], rows: int) -> Float[Array, "B"]:
     """A number from [0, 1) for each row, each uniform and all evenly spread (one uniform shift for all)."""
-    return (jax.random.uniform(key) + jnp.arange(rows) / rows) % 1.0
+    return (jax.random.uniform(key, (), jnp.float32) + jnp.arange(rows, dtype=jnp.float32) / rows) % 1.0
 
 
 def sample_masks(
@@ -73,7 +73,7 @@ def sample_masks(
     level_key, mask_key = jax.random.split(key)
     rows = is_answer.shape[0]
     noise = smallest + (1.0 - smallest) * spread_evenly(level_key, rows)
-    return noise, is_answer & (jax.random.uniform(mask_key, is_answer.shape) < noise[:, None])
+    return noise, is_answer & (jax.random.uniform(mask_key, is_answer.shape, jnp.float32) < noise[:, None])
 
 
 def row_losses(
@@ -91,11 +91,11 @@ def router_losses(
     logits: Float[Array, "N B T E"], valid: Bool[Array, "B T"], *, experts_per_token: int
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Load balance and z-loss over valid positions, mean over layers."""
-    count = jnp.maximum(valid.sum(), 1)
+    count = jnp.maximum(valid.sum(dtype=jnp.float32), 1.0)
     mean = lambda values: jnp.sum(jnp.where(valid[..., None], values, 0.0), axis=(1, 2)) / count  # noqa: E731
     shares, experts = jax.nn.softmax(logits, axis=-1), logits.shape[-1]
     chosen, _ = route(jax.lax.stop_gradient(logits).reshape(-1, experts), experts_per_token=experts_per_token)
-    counts = jax.nn.one_hot(chosen, experts).sum(axis=-2).reshape(logits.shape)
+    counts = jax.nn.one_hot(chosen, experts, dtype=jnp.float32).sum(axis=-2).reshape(logits.shape)
     used = mean(counts / experts_per_token)  # [N, E], sums to one
     balance = experts * jnp.sum(used * mean(shares), axis=-1)
     squared = jax.nn.logsumexp(logits, axis=-1, keepdims=True) ** 2
@@ -129,7 +129,7 @@ def masked_diffusion_loss(
         The total, and its parts.
     """
     noise, masked = sample_masks(key, batch.is_answer & batch.valid)
-    lengths = jnp.maximum((batch.is_answer & batch.valid).sum(axis=1), 1)
+    lengths = jnp.maximum((batch.is_answer & batch.valid).sum(axis=1, dtype=jnp.float32), 1.0)
     return losses_at(
         graphdef, params, batch, masked, lambda log_probs: row_losses(log_probs, masked, noise) / lengths,
         mask_id=mask_id, weights=weights, remat=remat, vocab_chunk=vocab_chunk)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from djax.config import ModelConfig
+from djax.keys import as_key
 from djax.models import build, logical_axes
 from djax.sharding import shardings
 from djax.text import Tokenizer
@@ -66,7 +67,7 @@ def train(
         try:
             state = fit(
                 init_state(params, optimizer, shardings=placed), step, _on(mesh, batches),
-                jax.random.key(training.seed), directory=Path(training.output), keep=training.keep,
+                as_key(training.seed, name="training.seed"), directory=Path(training.output), keep=training.keep,
                 schedule=Schedule(steps=training.steps, log_every=training.log_every, save_every=training.save_every),
                 meta=config.identity(), report=report)
         except FloatingPointError as error:

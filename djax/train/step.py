@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from djax import struct
+from djax.ambient import without_mesh
+from djax.keys import as_key
 from djax.train.loss import Batch, Losses, LossWeights, masked_diffusion_loss
 from djax.types import Params
 
@@ -43,6 +45,7 @@ Step = Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Report]]
 Objective = Callable[..., tuple[Float[Array, ""], Losses]]
 
 
+@without_mesh()
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, *, shardings: Any | None = None
 ) -> TrainState:
@@ -105,12 +108,13 @@ def make_step(
             graphdef, params, batch, key, mask_id=mask_id, weights=weights, remat=remat, vocab_chunk=vocab_chunk)
 
     def step(state: TrainState, batch: Batch, key: Key[Array, ""]) -> tuple[TrainState, Report]:
-        key = jax.random.fold_in(key, state.step)
+        key = jax.random.fold_in(as_key(key), state.step)
         gradients, losses = _accumulated(
             jax.grad(loss, has_aux=True), state.params, batch, key, accumulate=accumulate)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        new = TrainState(
-            params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which optax relies on
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        new = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
         return new, Report(losses=losses, grad_norm=optax.tree.norm(gradients))
 
     return step
@@ -136,5 +140,5 @@ def _accumulated(
     first = partial(jax.tree.map, lambda leaf: leaf[0])
     shapes = jax.eval_shape(gradient, params, first(micro), key)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = lax.scan(add, zeros, (micro, jnp.arange(accumulate)))
+    total, _ = lax.scan(add, zeros, (micro, jnp.arange(accumulate, dtype=jnp.int32)))
     return jax.tree.map(lambda leaf: leaf / accumulate, total)

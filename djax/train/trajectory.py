@@ -45,9 +45,13 @@ def draw_states(
     """
     first_key, second_key = jax.random.split(key)
     steps = jnp.max(jnp.where(is_answer, commit_step, NEVER), axis=1) + 1
-    shape = steps.shape
-    first = jnp.floor(jax.random.uniform(first_key, shape) * steps).astype(jnp.int32)
-    further = jnp.floor(jax.random.uniform(second_key, shape) * (steps - first)).astype(jnp.int32) + 1
+
+    def below(key: Key[Array, ""], limit: Int[Array, "B"]) -> Int[Array, "B"]:
+        place = jax.random.uniform(key, limit.shape, jnp.float32) * limit.astype(jnp.float32)
+        return jnp.floor(place).astype(jnp.int32)
+
+    first = below(first_key, steps)
+    further = below(second_key, steps - first) + 1
     decoded = is_answer & (commit_step >= 0)
     open_still = decoded & (commit_step >= first[:, None])
     masked = open_still | (is_answer & ~decoded)
@@ -71,7 +75,7 @@ def compression_loss(
     cross-entropy, of the tokens between the two states (dInfer, equation of appendix C.1).
     """
     masked, asked = draw_states(key, batch.commit_step, batch.is_answer & batch.valid)
-    counts = jnp.maximum(asked.sum(axis=1), 1)
+    counts = jnp.maximum(asked.sum(axis=1, dtype=jnp.float32), 1.0)
     return losses_at(
         graphdef, params, batch, masked,
         lambda log_probs: -jnp.sum(jnp.where(asked, log_probs, 0.0), axis=1) / counts,

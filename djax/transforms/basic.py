@@ -57,9 +57,9 @@ class ForbidTokens:
 
     def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
         """Logits with -inf on the forbidden ids."""
-        ids = jnp.arange(logits.shape[-1])
+        ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
         # A comparison fuses with its neighbours where a scatter would write the logits once more.
-        forbidden = (ids[:, None] == jnp.atleast_1d(jnp.asarray(self.token_ids))[None]).any(-1)
+        forbidden = (ids[:, None] == jnp.atleast_1d(jnp.asarray(self.token_ids, jnp.int32))[None]).any(-1)
         if self.vocab_limit is not None:
             forbidden |= ids >= self.vocab_limit
         return jnp.where(forbidden, -jnp.inf, logits), state

@@ -51,7 +51,8 @@ class Credit:
         log_p_max = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
         state = self._credit(best, log_p_max, is_masked, state)
         batch, length = best.shape
-        rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(length)[None, :, None]
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
+        columns = jnp.arange(length, dtype=jnp.int32)[None, :, None]
         return logits.at[rows, columns, jnp.maximum(state.token, 0)].add(self._bonus(state)), state
 
     def forbidden(self) -> Forbidden:
@@ -97,8 +98,8 @@ def _lookup(
 ) -> Float[Array, "B L S"]:
     """The values of the reading's entries with these ids; `default` where there is none."""
     same = (reading.ids[..., None, :] == ids[..., None]) & (ids >= 0)[..., None]
-    return jnp.max(jnp.where(same, values[..., None, :], jnp.where(same.any(-1, keepdims=True), -jnp.inf, default)),
-                   axis=-1)
+    otherwise = jnp.where(same.any(-1, keepdims=True), jnp.float32(-jnp.inf), jnp.float32(default))
+    return jnp.max(jnp.where(same, values[..., None, :], otherwise), axis=-1)
 
 
 def _raised(

@@ -12,7 +12,9 @@ def visible_keys(
 ) -> Bool[Array, "B #W T"]:
     """Which keys each query sees: one row for all queries where they see the same."""
     mask = key_mask[:, None] if key_mask.ndim == 2 else key_mask
-    return mask if key_limit is None else mask & (jnp.arange(mask.shape[-1]) < key_limit[:, None])
+    if key_limit is None:
+        return mask
+    return mask & (jnp.arange(mask.shape[-1], dtype=jnp.int32)[None] < key_limit[:, None])[None]
 
 
 def attention_reference(

@@ -37,7 +37,7 @@ def top_k_xla(logits: Float[Array, "M E"], experts_per_token: int) -> Choice:
 
 def top_k_by_maxima(shares: Float[Array, "M E"], *, k: int) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
     """`jax.lax.top_k` of short rows: k times the largest entry, the lowest index among equals."""
-    index = jnp.arange(shares.shape[1], dtype=jnp.int32)
+    index = jnp.arange(shares.shape[1], dtype=jnp.int32)[None]
     values, indices = [], []
     for _ in range(k):
         best = jnp.max(shares, axis=1)

@@ -32,7 +32,7 @@ def group_rows(expert_ids: Int[Array, "M k"], num_experts: int) -> Grouping:
     valid = (expert_ids >= 0) & (expert_ids < num_experts)
     key = jnp.where(valid, expert_ids, num_experts).astype(jnp.int32)
     flat = key.reshape(-1)
-    start = jnp.sum(flat < jnp.arange(num_experts + 1, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+    start = jnp.sum(flat[None] < jnp.arange(num_experts + 1, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
     rank = _rank_within(flat[None]) if len(flat) <= ALL_PAIRS else _rank_by_chunks(flat, num_experts)
     return Grouping(key=key, rank=rank.reshape(key.shape), start=start)
 
@@ -40,7 +40,7 @@ def group_rows(expert_ids: Int[Array, "M k"], num_experts: int) -> Grouping:
 def _rank_within(keys: Int[Array, "chunks C"]) -> Int[Array, "chunks C"]:
     """How many equal keys come before each in its chunk."""
     index = jnp.arange(keys.shape[1], dtype=jnp.int32)
-    before = (keys[:, :, None] == keys[:, None, :]) & (index[:, None] > index)
+    before = (keys[:, :, None] == keys[:, None, :]) & (index[:, None] > index[None])[None]
     return jnp.sum(before, axis=2, dtype=jnp.int32)
 
 
@@ -49,8 +49,8 @@ def _rank_by_chunks(key: Int[Array, "S"], num_experts: int) -> Int[Array, "S"]:
     chunks = -(-len(key) // CHUNK)
     keys = jnp.pad(key, (0, chunks * CHUNK - len(key)), constant_values=num_experts).reshape(chunks, CHUNK)
     experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
-    counts = jnp.sum(keys[:, :, None] == experts, axis=1, dtype=jnp.int32)  # [chunks, E + 1]
-    earlier = jnp.arange(chunks)[:, None] > jnp.arange(chunks)
+    counts = jnp.sum(keys[:, :, None] == experts[None, None], axis=1, dtype=jnp.int32)  # [chunks, E + 1]
+    earlier = jnp.arange(chunks, dtype=jnp.int32)[:, None] > jnp.arange(chunks, dtype=jnp.int32)[None]
     before = jnp.sum(jnp.where(earlier[:, :, None], counts, 0), axis=1, dtype=jnp.int32)
     return (jnp.take_along_axis(before, keys, axis=1) + _rank_within(keys)).reshape(-1)[: len(key)]
 
@@ -83,6 +83,6 @@ def place_in_blocks(grouping: Grouping, *, rows: int) -> Blocks:
     used = (start[1:] - start[:-1] + rows - 1) // rows
     place = (start[key] // rows + key) * rows + rank
     block = jnp.arange(total, dtype=jnp.int32)[:, None]
-    mine = (block >= first) & (block < first + used)
-    expert = num_experts + jnp.sum(jnp.where(mine, experts - num_experts, 0), axis=1, dtype=jnp.int32)
+    mine = (block >= first[None]) & (block < (first + used)[None])
+    expert = num_experts + jnp.sum(jnp.where(mine, (experts - num_experts)[None], 0), axis=1, dtype=jnp.int32)
     return Blocks(place=jnp.where(key < num_experts, place, total * rows), expert=expert)

@@ -69,22 +69,22 @@ def plan_rows(expert_ids: Int[Array, "M k"], num_experts: int, places: int, larg
     num_tokens, slots = expert_ids.shape
     routed = num_tokens * slots
     flat = expert_ids.reshape(routed)
-    chosen = flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)  # an id out of range matches no expert
+    chosen = flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)[None]  # an id out of range matches no expert
     running = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
-    rank = jnp.sum(jnp.where(chosen, running, 0), axis=1) - 1
+    rank = jnp.sum(jnp.where(chosen, running, 0), axis=1, dtype=jnp.int32) - 1
     expert = jnp.clip(flat, 0, num_experts - 1)
     fits = (rank >= 0) & (rank < places)
     place = jnp.where(fits, expert * places + rank, num_experts * places)
     index = jnp.arange(routed, dtype=jnp.int32)
     source = jnp.full(num_experts * places, routed, jnp.int32).at[place].set(index, mode="drop")
     more = jnp.maximum(running[-1] - places, 0)
-    first = jnp.cumsum(more) - more
+    first = jnp.cumsum(more, dtype=jnp.int32) - more
     entry = jnp.where(rank >= places, first[expert] + rank - places, routed + largest)
     overflow = jnp.zeros(routed + largest, jnp.int32).at[entry].set(index, mode="drop")
     blocks = -(-more // largest)
-    last = jnp.cumsum(blocks)
+    last = jnp.cumsum(blocks, dtype=jnp.int32)
     block = jnp.arange(min(routed, routed // largest + num_experts), dtype=jnp.int32)
-    owner = jnp.minimum(jnp.sum(block[:, None] >= last, axis=1), num_experts - 1)
+    owner = jnp.minimum(jnp.sum(block[:, None] >= last[None], axis=1, dtype=jnp.int32), num_experts - 1)
     done = (block - (last - blocks)[owner]) * largest
     return Plan(
         place=place.reshape(num_tokens, slots), source=source, overflow=overflow,
@@ -158,10 +158,11 @@ class _Block(NamedTuple):
 
 def _block(plan: Plan, index: Array, *, sizes: tuple[int, ...], slots: int) -> _Block:
     entries = lax.dynamic_slice(plan.overflow, (plan.start[index],), sizes[-1:])
-    entries = jnp.where(jnp.arange(sizes[-1]) < plan.rows[index], entries, len(plan.overflow) - sizes[-1])
+    mine = jnp.arange(sizes[-1], dtype=jnp.int32) < plan.rows[index]
+    entries = jnp.where(mine, entries, len(plan.overflow) - sizes[-1])
     return _Block(
         rows=entries // slots, entries=entries, expert=plan.expert[index],
-        size_index=jnp.sum(plan.rows[index] > jnp.asarray(sizes[:-1], jnp.int32)))
+        size_index=jnp.sum(plan.rows[index] > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32))
 
 
 def _through_expert(

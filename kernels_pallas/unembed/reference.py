@@ -30,7 +30,7 @@ def allowed_ids(call: Call, ids: Int[Array, "V"]) -> Bool[Array, "V"]:
 
 def lowest_id(holds: Bool[Array, "N V"], ids: Int[Array, "V"]) -> Int[Array, "N"]:
     """The lowest id of each row for which `holds`; NO_ID where there is none."""
-    lowest = jnp.min(jnp.where(holds, ids, LARGEST_ID), axis=1)
+    lowest = jnp.min(jnp.where(holds, ids[None], LARGEST_ID), axis=1)
     return jnp.where(lowest == LARGEST_ID, NO_ID, lowest)
 
 
@@ -47,7 +47,7 @@ def unembed_reference(call: Call) -> Readout:
     log_sum = jnp.log(jnp.sum(jnp.exp(kept - shift[:, None]), axis=1))
     log_total = shift + log_sum
     drawn, drawn_logit, drawn_score, tempered = _draw(call, kept, clean, allowed, ids, (best, best_logit, log_sum))
-    second = jnp.max(jnp.where(ids == best[:, None], -jnp.inf, clean), axis=1) if call.second else None
+    second = jnp.max(jnp.where(ids[None] == best[:, None], -jnp.inf, clean), axis=1) if call.second else None
     expected, log_total_all = (None, None) if call.embedding is None else _expected(logits, call.embedding)
     return Readout(
         best=best, best_logit=best_logit, drawn=drawn, drawn_logit=drawn_logit, drawn_score=drawn_score,
@@ -68,7 +68,7 @@ def _draw(
         scores = clean + temperature * gumbel_noise(keys[:, None], ids[None])
         score = jnp.max(scores, axis=1)
         drawn = lowest_id(allowed & (scores == score[:, None]), ids)
-        logit = jnp.max(jnp.where(ids == drawn[:, None], clean, -jnp.inf), axis=1)
+        logit = jnp.max(jnp.where(ids[None] == drawn[:, None], clean, -jnp.inf), axis=1)
         shift = finite(best_logit)
         total = jnp.sum(jnp.exp((kept - shift[:, None]) / temperature), axis=1)
         return drawn, logit, score, jnp.log(total)

@@ -223,8 +223,9 @@ def a_rollout(tokens, is_open, *, lengths, is_masked=None):
         tokens=np.asarray(tokens), valid=~nothing, is_open=np.broadcast_to(is_open, shape),
         is_masked=nothing if is_masked is None else np.asarray(is_masked), positions=np.zeros(shape, np.int32),
         lengths=np.asarray(lengths), nfe=row, steps=row, stop_reason=row, commit_step=np.zeros(shape, np.int32),
-        log_prob=np.zeros(shape, np.float32), mask_id=np.int32(8), temperature=np.float32(1),
-        forbidden=types.FORBID_NOTHING, first_block=1, block_length=shape[1] - 1)
+        log_prob=np.zeros(shape, np.float32), row_ids=np.arange(shape[0]), mask_id=np.int32(8),
+        temperature=np.float32(1), forbidden=types.FORBID_NOTHING, first_block=1,
+        block_length=shape[1] - 1, max_steps=shape[1] - 1)
 
 
 def test_a_row_that_stopped_at_step_one_teaches_nothing():

@@ -94,7 +94,8 @@ def test_gradients_agree_with_finite_differences(tiny_lm, given, states) -> None
     def through_the_model(params: Any) -> jax.Array:
         return (factor * rl.score(tiny_lm.denoiser, params, given, states, vocab_chunk=40)).sum()
 
-    exact, difference, _ = directional(through_the_model, tiny_lm.params, step=2e-3)
+    # a router may choose otherwise at a step of 2e-3
+    exact, difference, _ = directional(through_the_model, tiny_lm.params, step=5e-4)
     assert abs(exact) > 1.0
     np.testing.assert_allclose(exact, difference, rtol=2e-2)
 
