@@ -123,7 +123,7 @@ class Journal:
     def read(self) -> list[dict[str, Any]]:
         """All complete lines; a process that was killed may have left half of one."""
         records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+        for line in self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else ():
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:

@@ -87,8 +87,8 @@ def _plot(directory: Path, runs: dict[str, Any]) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     styles = itertools.cycle(zip(("-", "--", "-.", ":"), ("o", "x", "s", "+"), strict=True))  # they lie on each other
     for (name, run), (line, marker) in zip(runs.items(), styles, strict=False):
-        lines = (directory / run["metrics"]).read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
+        lines = (directory / run["metrics"]).read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines if line]
         points = [(record["update"], 100 * record["held_out"]) for record in records if "held_out" in record]
         axes.plot(*zip(*points, strict=True), marker=marker, linestyle=line, alpha=0.8, label=name.replace("-", ", "))
     axes.set(xlabel="update", ylabel="held-out reward, %", ylim=(0, 100), title="GRPO with djax rollouts")

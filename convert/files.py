@@ -73,7 +73,7 @@ def _finite(text: str) -> float:
 
 
 def parse_json_object(data: bytes, *, file: Path, error: type[CheckpointError]) -> dict[str, Any]:
-    """A JSON object, parsed strictly: UTF-8, no repeated keys, no NaN or infinity.
+    """A JSON object, parsed strictly: UTF-8 with or without a BOM, no repeated keys, no NaN or infinity.
 
     Raises `error`, naming `file`, for anything else.
     """
@@ -82,7 +82,7 @@ def parse_json_object(data: bytes, *, file: Path, error: type[CheckpointError]) 
         raise error(advice, file=file)
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+            data.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
         raise error("is not valid JSON: nested too deeply", file=file) from None
     except ValueError as problem:

@@ -22,15 +22,14 @@ from djax.config import (
     LladaMoeConfig,
     ModelConfig,
 )
+from djax.errors import ArgumentError
 
 CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
 _LARGEST = 2**31 - 1
 _LARGEST_COUNTS = {"num_hidden_layers": 512, "num_experts": 4096}
 
 _FIXED: Mapping[str, tuple[Any, ...]] = {
-    "rope_scaling": (None,),
-    "rope_parameters": (None,),
-    "partial_rotary_factor": (None, 1),
     "attention_bias": (None, False),
     "clip_qkv": (None,),
     "sliding_window": (None,),
@@ -50,8 +49,6 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
 norm_topk_prob is not among them: the architecture never renormalises, whatever it says."""
 
 _FIXED_LLADA2: Mapping[str, tuple[Any, ...]] = {
-    "rope_scaling": (None,),
-    "rope_parameters": (None,),
     "use_bias": (None, False),
     "use_qkv_bias": (None, False),
     "use_rmsnorm": (None, True),
@@ -140,6 +137,53 @@ class _Fields:
             raise self.wrong(name, f"it must be one token id in [0, vocab_size={vocab_size})")
         return value
 
+    def eos(self, *, vocab_size: int, default: int | None = None) -> dict[str, Any]:
+        """`eos_token_id`, one id or a list, as the configuration's fields: the first one also fills."""
+        value = self.fields.get("eos_token_id")
+        if not isinstance(value, list):
+            return {"eos_id": self.token("eos_token_id", vocab_size=vocab_size, default=default)}
+        if not value or any(type(one) is not int or not 0 <= one < vocab_size for one in value):
+            raise self.wrong("eos_token_id", f"it must be a token id in [0, vocab_size={vocab_size}), or a list of some")
+        return {"eos_id": value[0], "other_eos_ids": tuple(dict.fromkeys(one for one in value[1:] if one != value[0]))}
+
+    def rope_theta(self) -> float:
+        """The base of the rotary angles, of `rope_theta` or of `rope_parameters`, as transformers 5 writes it.
+
+        Angles of another kind than the default are refused.
+        """
+        found = [self.positive("rope_theta")] if self.fields.get("rope_theta") is not None else []
+        for name in ("rope_scaling", "rope_parameters"):
+            value = self.fields.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, Mapping):
+                raise self.wrong(name, "it must be an object or absent")
+            inner = _Fields(value, self.file)
+            kinds = [value[key] for key in ("rope_type", "type") if key in value]
+            if any(kind != "default" for kind in kinds) or not kinds:
+                raise self.wrong(name, 'only rope_type "default" is supported')
+            known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+            if set(value) - known:
+                raise self.wrong(name, f"only {', '.join(sorted(known))} are known in it")
+            if "rope_theta" in value:
+                found.append(inner.positive("rope_theta"))
+        if not found:
+            raise self.wrong("rope_theta", "it must be a number above 0")
+        if len(set(found)) > 1:
+            raise self.wrong("rope_theta", f"it differs from that of rope_parameters, {found[-1]:g}")
+        return found[0]
+
+    def rotary_share(self) -> float | None:
+        """`partial_rotary_factor`, from wherever it stands."""
+        nested = self.fields.get("rope_parameters")
+        inside = nested.get("partial_rotary_factor") if isinstance(nested, Mapping) else None
+        own = self.fields.get("partial_rotary_factor")
+        if own is not None and inside is not None and own != inside:
+            raise self.wrong("partial_rotary_factor", f"it differs from that of rope_parameters, {inside}")
+        if own is not None:
+            return self.positive("partial_rotary_factor")
+        return None if inside is None else _Fields(nested, self.file).positive("partial_rotary_factor")  # type: ignore[arg-type]
+
     def fixed(self, name: str, allowed: tuple[Any, ...]) -> None:
         value = self.fields.get(name)
         # True == 1 in Python, but a flag is not a number.
@@ -151,11 +195,12 @@ class _Fields:
 def _dtype(fields: _Fields) -> str:
     name = "torch_dtype" if fields.fields.get("torch_dtype") is not None else "dtype"
     value = fields.fields.get(name)
-    if value is None:
+    if value is None or value == "auto":  # the tensors say
         return "bfloat16"
-    if not isinstance(value, str) or value not in DTYPES:
-        raise fields.wrong(name, f"it must be one of {', '.join(DTYPES)}")
-    return value
+    plain = value.removeprefix("torch.") if isinstance(value, str) else value
+    if plain not in DTYPES:
+        raise fields.wrong(name, f"it must be one of {', '.join(DTYPES)}, with or without torch. before it, or auto")
+    return plain
 
 
 def _common(fields: _Fields, *, own_mask_id: int) -> dict[str, Any]:
@@ -176,7 +221,7 @@ def _common(fields: _Fields, *, own_mask_id: int) -> dict[str, Any]:
         "num_experts": fields.integer("num_experts"),
         "experts_per_token": fields.integer("num_experts_per_tok"),
         "rms_norm_eps": fields.positive("rms_norm_eps"),
-        "rope_theta": fields.positive("rope_theta"),
+        "rope_theta": fields.rope_theta(),
         "max_positions": fields.integer("max_position_embeddings"),
         "mask_id": (fields.token("mask_token_id", vocab_size=vocab_size) if in_file
                     else own_mask_id if vocab_size > own_mask_id else None),
@@ -188,15 +233,17 @@ def _llada_moe(fields: _Fields) -> LladaMoeConfig:
     for name, allowed in _FIXED.items():
         fields.fixed(name, allowed)
     common = _common(fields, own_mask_id=LLADA_MOE_MASK_ID)
+    if fields.rotary_share() not in (None, 1):
+        raise fields.wrong("partial_rotary_factor", "only 1 or absent is supported")
     layer_freq = fields.fields.get("moe_layer_freq")
     if layer_freq is not None and layer_freq != 1 and layer_freq != [1] * common["num_layers"]:
         raise fields.wrong("moe_layer_freq", f"only 1 for each of the {common['num_layers']} layers is supported")
-    eos_id = fields.token("eos_token_id", vocab_size=common["vocab_size"])
+    eos = fields.eos(vocab_size=common["vocab_size"])
     return _made(fields, LladaMoeConfig, {
         **common,
+        **eos,
         "expert_size": fields.integer("expert_intermediate_size"),
-        "eos_id": eos_id,
-        "pad_id": fields.token("pad_token_id", vocab_size=common["vocab_size"], default=eos_id),
+        "pad_id": fields.token("pad_token_id", vocab_size=common["vocab_size"], default=eos["eos_id"]),
     })
 
 
@@ -217,14 +264,14 @@ def _llada2_moe(fields: _Fields) -> Llada2MoeConfig:
         "groups_per_token": fields.integer("topk_group"),
         "routed_scaling_factor": fields.positive("routed_scaling_factor"),
         "block_length": fields.integer("block_length", default=LLADA2_BLOCK_LENGTH),
-        "eos_id": fields.token("eos_token_id", vocab_size=common["vocab_size"], default=pad_id),
+        **fields.eos(vocab_size=common["vocab_size"], default=pad_id),
         "pad_id": pad_id,
     })
 
 
 def _rotary_dim(fields: _Fields, head_dim: int) -> int:
     """`rotary_dim`, or what `partial_rotary_factor` makes of a head's width; where both are there they must agree."""
-    share = None if fields.fields.get("partial_rotary_factor") is None else fields.positive("partial_rotary_factor")
+    share = fields.rotary_share()
     if share is None:
         return fields.integer("rotary_dim", default=head_dim)
     rotary_dim = fields.integer("rotary_dim", default=max(int(head_dim * share), 1))
@@ -248,10 +295,9 @@ _Config = TypeVar("_Config", LladaMoeConfig, Llada2MoeConfig)
 def _made(fields: _Fields, kind: type[_Config], values: Mapping[str, Any]) -> _Config:
     try:
         return kind(**values)
-    except ValueError as error:
-        # The configuration's own checks begin with its own name of the field.
-        own, _, problem = str(error).partition(": ")
-        raise ConfigError(problem, file=fields.file, key=_NAMES[kind].get(own, own)) from None
+    except ArgumentError as error:
+        name = _NAMES[kind].get(error.name, error.name)
+        raise ConfigError(f"got {error.got}; allowed {error.allowed}", file=fields.file, key=name) from None
 
 
 def model_config(fields: Mapping[str, Any], *, file: Path | None = None) -> ModelConfig:
@@ -272,9 +318,20 @@ def model_config(fields: Mapping[str, Any], *, file: Path | None = None) -> Mode
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The configuration in a directory's `config.json`; raises as `model_config`, and SourceError if absent."""
-    path = directory / CONFIG_NAME
-    return model_config(read_json(path, error=ConfigError), file=path)
+    """The configuration in a directory's `config.json`; raises as `model_config`, and SourceError if absent.
+
+    Tokens that end a sequence are also those of `generation_config.json`, where that is there: chat models list the
+    end of a turn there alone.
+    """
+    path, generation = directory / CONFIG_NAME, directory / GENERATION_NAME
+    fields = read_json(path, error=ConfigError)
+    if generation.is_file():
+        further = read_json(generation, error=ConfigError).get("eos_token_id")
+        listed = [one if isinstance(one, list) else [one] for one in (fields.get("eos_token_id"), further)
+                  if one is not None]
+        if further is not None:
+            fields = {**fields, "eos_token_id": [token for tokens in listed for token in tokens]}
+    return model_config(fields, file=path)
 
 
 def hf_fields(config: ModelConfig) -> dict[str, Any]:
@@ -282,4 +339,6 @@ def hf_fields(config: ModelConfig) -> dict[str, Any]:
     fields = {name: getattr(config, own) for own, name in _NAMES[type(config)].items()}
     if config.mask_id is None:
         del fields["mask_token_id"]
+    if config.other_eos_ids:
+        fields["eos_token_id"] = [config.eos_id, *config.other_eos_ids]
     return {"model_type": _MODEL_TYPES[type(config)], **fields}

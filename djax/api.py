@@ -77,7 +77,8 @@ def load(
         mask_id = tokenizer.mask_id
     config = dataclasses.replace(
         config, mask_id=config.mask_id if mask_id is None else mask_id,
-        eos_id=config.eos_id if eos_id is None else eos_id)
+        eos_id=config.eos_id if eos_id is None else eos_id,
+        other_eos_ids=config.other_eos_ids if eos_id is None else ())
     return DiffusionLM(config, params, tokenizer=tokenizer, mesh=mesh, rules=rules, kernels=kernels)
 
 

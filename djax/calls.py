@@ -60,7 +60,7 @@ def resolve_ids(options: CallOptions, config: ModelConfig) -> tuple[int, tuple[i
     mask_id = config.mask_id if options.mask_id is None else options.mask_id
     if mask_id is None:
         raise ValueError("mask_id: neither the checkpoint nor its tokenizer gives one; pass mask_id=")
-    given = config.eos_id if options.eos_id is None else options.eos_id
+    given = (config.eos_id, *config.other_eos_ids) if options.eos_id is None else options.eos_id
     eos_ids = (given,) if isinstance(given, int | np.integer) else tuple(given)
     if not eos_ids:
         raise ValueError("eos_id: got an empty list; give at least one id, or stop_on_eos=False")

@@ -114,7 +114,7 @@ def generate(
         if live:
             _generate_live(lm, lm.stream(prompts, **arguments), sampling.block_length)
             return
-        reached = Reached(as_json=json or json_full, full=json_full, prints=where.first, eos_ids=(lm.config.eos_id,),
+        reached = Reached(as_json=json or json_full, full=json_full, prints=where.first, eos_ids=(lm.config.eos_id, *lm.config.other_eos_ids),
                           tokenizer=lm.tokenizer)
         with reaching(reached.tell):
             generation = lm.generate(prompts, **arguments, watch=reached.put)
@@ -315,7 +315,7 @@ def _generate_live(lm: DiffusionLM, steps: Iterator[StreamStep], block_length: i
     def show() -> None:
         view.close()
         if view.last is not None:
-            print_texts(view.last.reached(lm.tokenizer), view.last.tokens)
+            print_texts(view.last.reached(lm.tokenizer), list(view.last.tokens))
             sys.stdout.flush()
 
     def tell() -> str:

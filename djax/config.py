@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from djax.errors import ArgumentError, check_integer
+
 DTYPES = ("bfloat16", "float16", "float32")
 """dtypes that weights and activations may have."""
 LLADA_MOE_MASK_ID = 156895
@@ -37,7 +39,10 @@ class LladaMoeConfig:
     mask_id: int | None
     """None when neither the checkpoint nor the architecture says: then each call has to give one."""
     eos_id: int
+    """The token that ends a sequence, and that fills what is behind it."""
     pad_id: int
+    other_eos_ids: tuple[int, ...] = ()
+    """Further tokens that end a sequence."""
     dtype: str = "bfloat16"
     """dtype of weights and activations; router, softmax and log-probs are float32 regardless."""
 
@@ -48,11 +53,11 @@ class LladaMoeConfig:
             "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts",
             "experts_per_token", "expert_size", "max_positions"))
         if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"experts_per_token: got {self.experts_per_token}; at most num_experts={self.num_experts}")
+            raise ArgumentError("experts_per_token", self.experts_per_token,
+                                allowed=f"at most num_experts={self.num_experts}")
         _check_heads_and_tokens(self)
         if self.head_dim % 2:
-            raise ValueError(f"head_dim: got {self.head_dim}; half-split RoPE needs an even width")
+            raise ArgumentError("head_dim", self.head_dim, allowed="an even width, which half-split RoPE needs")
 
     @property
     def block_length(self) -> None:
@@ -96,6 +101,7 @@ class Llada2MoeConfig:
     mask_id: int | None
     eos_id: int
     pad_id: int
+    other_eos_ids: tuple[int, ...] = ()
     block_length: int = LLADA2_BLOCK_LENGTH
     """Positions of an attention block: each sees its own block and all before it. Blocks are counted from a row's
     first real token, prompt included."""
@@ -110,24 +116,24 @@ class Llada2MoeConfig:
             "rotary_dim", "num_experts", "experts_per_token", "expert_size", "num_shared_experts", "num_groups",
             "groups_per_token", "max_positions", "block_length"))
         if not 0 <= self.num_dense_layers < self.num_layers:
-            raise ValueError(
-                f"num_dense_layers: got {self.num_dense_layers}; it must be in [0, num_layers={self.num_layers})")
+            raise ArgumentError("num_dense_layers", self.num_dense_layers,
+                                allowed=f"a number in [0, num_layers={self.num_layers})")
         _check_heads_and_tokens(self)
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
-            raise ValueError(
-                f"rotary_dim: got {self.rotary_dim}; half-split RoPE needs an even width of at most "
-                f"head_dim={self.head_dim}")
+            raise ArgumentError("rotary_dim", self.rotary_dim,
+                                allowed=f"an even width, which half-split RoPE needs, of at most "
+                                        f"head_dim={self.head_dim}")
         if self.num_experts % self.num_groups or self.num_experts < 2 * self.num_groups:
-            raise ValueError(
-                f"num_groups: got {self.num_groups}; it must divide num_experts={self.num_experts} into groups of at "
-                "least 2, whose two best score a group")
+            raise ArgumentError("num_groups", self.num_groups,
+                                allowed=f"a divisor of num_experts={self.num_experts} that makes groups of at least 2, "
+                                        "whose two best score a group")
         if self.groups_per_token > self.num_groups:
-            raise ValueError(f"groups_per_token: got {self.groups_per_token}; at most num_groups={self.num_groups}")
+            raise ArgumentError("groups_per_token", self.groups_per_token,
+                                allowed=f"at most num_groups={self.num_groups}")
         allowed = self.groups_per_token * (self.num_experts // self.num_groups)
         if self.experts_per_token > allowed:
-            raise ValueError(
-                f"experts_per_token: got {self.experts_per_token}; at most {allowed}, the experts of "
-                f"{self.groups_per_token} groups")
+            raise ArgumentError("experts_per_token", self.experts_per_token,
+                                allowed=f"at most {allowed}, the experts of {self.groups_per_token} groups")
 
 
 ModelConfig = LladaMoeConfig | Llada2MoeConfig
@@ -136,15 +142,13 @@ ModelConfig = LladaMoeConfig | Llada2MoeConfig
 
 def _at_least_one(config: ModelConfig, names: tuple[str, ...]) -> None:
     for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: got {getattr(config, name)}; it must be at least 1")
+        check_integer(name, getattr(config, name), 1)
 
 
 def _check_heads_and_tokens(config: ModelConfig) -> None:
     if config.num_heads % config.num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads: got {config.num_kv_heads}; it must divide num_heads={config.num_heads}")
-    for name in ("mask_id", "eos_id", "pad_id"):
-        token = getattr(config, name)
+        raise ArgumentError("num_kv_heads", config.num_kv_heads, allowed=f"a divisor of num_heads={config.num_heads}")
+    tokens = [(name, getattr(config, name)) for name in ("mask_id", "eos_id", "pad_id")]
+    for name, token in [*tokens, *(("eos_id", token) for token in config.other_eos_ids)]:
         if token is not None and not 0 <= token < config.vocab_size:
-            raise ValueError(f"{name}: got {token}; it must be in [0, vocab_size={config.vocab_size})")
+            raise ArgumentError(name, token, allowed=f"a token id in [0, vocab_size={config.vocab_size})")

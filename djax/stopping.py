@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from djax import struct
@@ -39,7 +40,7 @@ class OnEos:
     Only generated tokens count: an EOS in the prompt stops nothing.
     """
 
-    eos_ids: Int[Array, "n"]
+    eos_ids: Int[Array, "n"] | Int[np.ndarray, "n"]
     reasons: ClassVar[tuple[str, ...]] = ("eos",)
 
     def step(

@@ -37,7 +37,8 @@ def route_in_groups(
 
     Experts are chosen by the sigmoid of their logit plus a bias that balances their load, among those of the
     `groups_per_token` groups whose two best have the largest sum; of equal ones the first. Weights are the sigmoids
-    without the bias, made to sum to `scale`.
+    without the bias, made to sum to `scale`; that of a single expert is its sigmoid times `scale`, as in the published
+    code, which divides by the sum only where there are several.
 
     Returns:
         Expert ids, the best first, and weights in float32.
@@ -50,7 +51,9 @@ def route_in_groups(
     kept = (groups[:, :, None] == jnp.arange(num_groups, dtype=jnp.int32)[None, None]).any(axis=1)
     _, expert_ids = _top_k(jnp.where(jnp.repeat(kept, size, axis=1), biased, -jnp.inf), experts_per_token)
     weights = jnp.take_along_axis(scores, expert_ids, axis=1)
-    return expert_ids, scale * weights / (weights.sum(axis=1, keepdims=True) + TINY)
+    if experts_per_token > 1:
+        weights = weights / (weights.sum(axis=1, keepdims=True) + TINY)
+    return expert_ids, scale * weights
 
 
 def _top_k(values: Float[Array, "M n"], k: int) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:

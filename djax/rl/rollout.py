@@ -254,7 +254,7 @@ def _sample(
             cut, parts, guidance=options.guidance, eos_ids=eos_ids, key=key, row_ids=ids[rows].tolist())
         got = _of_generation(cut, generation, parts, ids[rows], guided=options.guidance is not None)
         rollouts.append(got.take(slice(0, size - int(idle.sum()))))
-    joined = {name: np.concatenate([getattr(part, name) for part in rollouts]) for name in PER_ROW}
+    joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in rollouts]) for name in PER_ROW}
     return dataclasses.replace(rollouts[0], **joined)
 
 

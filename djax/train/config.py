@@ -207,7 +207,7 @@ def read_config(path: Path) -> TrainConfig:
         ValueError: it is not TOML, or a field is missing, unknown, of a wrong type or out of range.
     """
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        fields = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: got no TOML ({error}); correct it") from error
     try:

@@ -99,7 +99,8 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Pair]:
         ValueError: a line is neither, or there is none; names file, line and field.
     """
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # str.splitlines would also cut at U+2028, U+2029 and U+0085, which JSON allows inside a text
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 pairs.append(_pair_of(json.loads(line), tokenizer))

@@ -177,7 +177,7 @@ def _log(directory: Path | None, *, upto: int) -> Iterator[TextIO | None]:
     path = directory / METRICS_NAME
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 if json.loads(line)["step"] <= upto:
                     kept.append(line + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from djax import struct
@@ -43,7 +44,7 @@ class Identity:
 class ForbidTokens:
     """Drops `token_ids`, and every id from `vocab_limit` on (the vocabulary is padded past the tokenizer)."""
 
-    token_ids: Int[Array, "n"]
+    token_ids: Int[Array, "n"] | Int[np.ndarray, "n"]
     vocab_limit: int | Int[Array, ""] | None = None
 
     @property
