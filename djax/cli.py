@@ -289,7 +289,7 @@ def _generate_live(lm: DiffusionLM, steps: Iterator[StreamStep], block_length: i
     def show() -> None:
         view.close()
         if view.last is not None:
-            print_texts(view.last.reached(lm.tokenizer), view.last.tokens)
+            print_texts(view.last.reached(lm.tokenizer), list(view.last.tokens))
             sys.stdout.flush()
 
     def tell() -> str:

@@ -148,8 +148,9 @@ class StreamStep:
         """Generated tokens of each row so far, up to and including the first EOS: what fills a row is not counted."""
         at_work = (self.is_masked & self.is_open).any(-1) & ~self.done
         return np.asarray([
-            generated_length(*row, self.eos_ids, done=not working)
-            for *row, working in zip(self.tokens, self.is_open, self.is_masked, at_work, strict=True)], np.int32)
+            generated_length(tokens, is_open, is_masked, self.eos_ids, done=not working)
+            for tokens, is_open, is_masked, working in zip(
+                self.tokens, self.is_open, self.is_masked, at_work, strict=True)], np.int32)
 
     def reached(self, tokenizer: Tokenizer | None) -> list[str]:
         """The rows so far, drafts included, as `draft_texts`."""
