@@ -3,8 +3,8 @@
 Reading the cache is the cost: 9.8 MB for 1200 keys of 16 heads of 128, 2.3 us at 4.3 TB/s, if enough blocks read at
 once. A block is one warpgroup: 64 rows (the M of wgmma) of one key/value head and one stretch of its keys. Tiles of
 64 keys and values come by TMA straight from the cache's [B, T, G, K] order through a ring of two stages; what lies
-outside the canvas comes as zeros and is masked, so nothing is padded, transposed or copied. The softmax is the online
-one (arXiv 2205.14135), in units of log2.
+outside the canvas comes as zeros and is masked, so nothing is transposed, and padded, which is a copy, only where a
+length above 8 is no multiple of 8. The softmax is the online one (arXiv 2205.14135), in units of log2.
 
 The query heads of a key/value head share a block's rows, up to eight of them, so that grouped heads read their keys
 once. Where rows and heads alone do not fill the GPU, a block's stretch is a split of the keys (arXiv 2311.01282), with
@@ -42,6 +42,8 @@ ROWS = 64
 """Rows of a block: the M of one warpgroup's wgmma."""
 MAX_FOLD = 8
 """Query heads that share a block's rows: each has a multiple of 8 rows, the height of a swizzled tile."""
+TILE_ROWS = 8
+"""Height of a swizzled tile: an array that a copy cuts is no higher, or a multiple of it."""
 NO_KEY = float(jnp.finfo(jnp.float32).min)
 """Score of a key that is not seen, and log-sum of no keys."""
 LOG2_E = math.log2(math.e)
@@ -219,6 +221,13 @@ def _kernel(
         plgpu.SMEM((ROWS,), jnp.float32) if plan.splits > 1 else None)
 
 
+def _whole_tiles(array: Float[Array, "B N H K"]) -> Float[Array, "B P H K"]:
+    """With zeros behind, as the compiler wants the axis that copies cut."""
+    length = array.shape[1]
+    padding = -length % TILE_ROWS if length > TILE_ROWS else 0
+    return jnp.pad(array, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else array
+
+
 def _forward(
     query: Array, key: Array, value: Array, key_mask: Array, key_limit: Array | None, *, plan: Plan,
     interpret: bool,
@@ -227,6 +236,7 @@ def _forward(
     limits = None if key_limit is None else _limit_rows(key_limit, plan)
     padding = plan.key_tiles * plan.key_tile - key.shape[1]
     exists = jnp.pad(key_mask.astype(jnp.float32), ((0, 0), (0, padding)))
+    query, key, value = (_whole_tiles(array) for array in (query, key, value))
     chunks = heads // plan.fold
     rows = (plan.splits, batch, chunks, plan.query_tiles, ROWS)
     partials = [jax.ShapeDtypeStruct((*rows, width), jnp.float32), jax.ShapeDtypeStruct(rows, jnp.float32)]
@@ -243,7 +253,7 @@ def _forward(
         interpret=gpu_interpreter(interpret),
     )(_tile_spans(key_mask, limits, plan), exists, query, key, value, *([] if limits is None else [limits]))
     if plan.splits == 1:
-        return outputs[0]
+        return outputs[0][:, :window]
     return _combine(outputs[0], outputs[1], plan, window).astype(value.dtype)
 
 

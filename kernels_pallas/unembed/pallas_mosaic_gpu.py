@@ -36,6 +36,7 @@ from kernels_pallas.unembed.reference import readable
 from kernels_pallas.unembed.running import LARGEST_ID, Drawn, Greedy, finish, finite, join, logits_at, rescale
 from kernels_pallas.unembed.support import MOSAIC_COLUMNS as COLUMNS
 from kernels_pallas.unembed.support import MOSAIC_ROWS as ROWS
+from kernels_pallas.unembed.support import MOSAIC_TILE_ROWS as TILE_ROWS
 from kernels_pallas.unembed.support import MOSAIC_WARPGROUPS as WARPGROUPS
 from kernels_pallas.unembed.support import mosaic_config
 from kernels_pallas.unembed.types import Call, Readout
@@ -339,7 +340,9 @@ def unembed_mosaic_gpu(call: Call, *, plan: Plan | None = None, interpret: bool 
     if plan is None:
         plan = make_plan(rows, call.head.shape[0], **mosaic_config(rows))
     padded = plan.row_tiles * plan.rows
-    given = {"hidden": call.hidden, "head": call.head}
+    # a copy cuts whole swizzled tiles, so that rows above their height come in multiples of it
+    missing = -rows % TILE_ROWS if rows > TILE_ROWS else 0
+    given = {"hidden": jnp.pad(call.hidden, ((0, missing), (0, 0))), "head": call.head}
     given |= {"vocab_limit": call.vocab_limit[None], "first_id": call.first_id[None]}
     if call.forbidden.shape[0]:
         given["forbidden"] = call.forbidden

@@ -15,6 +15,8 @@ MOSAIC_WARPGROUPS = 2
 """That compute; each has its own ids of a tile."""
 MOSAIC_ROWS = 64
 """Rows of one wgmma."""
+MOSAIC_TILE_ROWS = 8
+"""Height of a swizzled tile: the head has a multiple of it, because padding would copy all of it at each call."""
 TPU_LANES = 128
 MAX_FORBIDDEN = 16
 """Ids that a kernel compares each id with."""
@@ -47,6 +49,8 @@ def unsupported_by_mosaic_gpu(platform: str, call: Call) -> str | None:
     least = MOSAIC_WARPGROUPS * mosaic_config(rows)["ids"]
     if vocabulary < least:
         return f"the vocabulary must have at least {least} ids, got {vocabulary}"
+    if vocabulary % MOSAIC_TILE_ROWS:
+        return f"the vocabulary must be a multiple of {MOSAIC_TILE_ROWS} ids, got {vocabulary}"
     return _unsupported_by_kernels(call)
 
 
