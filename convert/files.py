@@ -82,7 +82,8 @@ def parse_json_object(data: bytes, *, file: Path, error: type[CheckpointError]) 
         raise error(advice, file=file)
     try:
         value = json.loads(
-            data.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+            data.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant,
+            parse_float=_finite)
     except RecursionError:
         raise error("is not valid JSON: nested too deeply", file=file) from None
     except ValueError as problem:

@@ -143,7 +143,7 @@ class _Fields:
         if not isinstance(value, list):
             return {"eos_id": self.token("eos_token_id", vocab_size=vocab_size, default=default)}
         if not value or any(type(one) is not int or not 0 <= one < vocab_size for one in value):
-            raise self.wrong("eos_token_id", f"it must be a token id in [0, vocab_size={vocab_size}), or a list of some")
+            raise self.wrong("eos_token_id", f"it must be a token id in [0, vocab_size={vocab_size}), or some of them")
         return {"eos_id": value[0], "other_eos_ids": tuple(dict.fromkeys(one for one in value[1:] if one != value[0]))}
 
     def rope_theta(self) -> float:
@@ -182,7 +182,9 @@ class _Fields:
             raise self.wrong("partial_rotary_factor", f"it differs from that of rope_parameters, {inside}")
         if own is not None:
             return self.positive("partial_rotary_factor")
-        return None if inside is None else _Fields(nested, self.file).positive("partial_rotary_factor")  # type: ignore[arg-type]
+        if inside is None or not isinstance(nested, Mapping):
+            return None
+        return _Fields(nested, self.file).positive("partial_rotary_factor")
 
     def fixed(self, name: str, allowed: tuple[Any, ...]) -> None:
         value = self.fields.get(name)

@@ -19,7 +19,7 @@ from convert.hf_config import CONFIG_NAME, read_config
 from convert.mapping import FLOAT_DTYPES, Plan, Table, plan
 from convert.placement import read_parameters
 from convert.safetensors_io import SafetensorsReader
-from convert.source import resolve_source
+from convert.source import refuse_other_kinds, resolve_source
 from djax.config import DTYPES, Llada2MoeConfig, LladaMoeConfig, ModelConfig
 from djax.models import abstract_params, logical_axes
 from djax.sharding import LogicalAxes, Rules, named_leaves, shardings
@@ -114,6 +114,7 @@ def open_huggingface(
     Raises a CheckpointError that names the file and the key.
     """
     given = config
+    refuse_other_kinds(directory)
     if config is None:
         config = read_config(directory)
     table = table_of(config, file=directory)

@@ -51,6 +51,29 @@ def resolve_source(source: str | os.PathLike[str]) -> Path:
     return _download(text)
 
 
+def refuse_other_kinds(directory: Path) -> None:
+    """Call a directory what it is where it holds no weights of a model.
+
+    Raises:
+        SourceError: an adapter, a GGUF file, a tokenizer alone, or arrays that another program saved with Orbax.
+    """
+    names = {path.name for path in directory.iterdir()}
+    if any(name.endswith(".safetensors") and not name.startswith("adapter_") for name in names):
+        return
+    if any(name.startswith("adapter_") for name in names):
+        raise SourceError(
+            "holds a LoRA (PEFT) adapter and not a model; merge it into its base model first, with peft's "
+            "merge_and_unload() and save_pretrained(), and give that directory", file=directory)
+    if any(name.endswith(".gguf") for name in names):
+        raise SourceError("holds a GGUF file, which is not read; give the safetensors of the model", file=directory)
+    if "_METADATA" in names or "_CHECKPOINT_METADATA" in names:
+        raise SourceError(
+            "holds arrays saved by Orbax, without the manifest that 'djax convert' writes; give the directory above, "
+            "or convert the original checkpoint", file=directory)
+    if "tokenizer.json" in names and CONFIG_NAME not in names:
+        raise SourceError("holds a tokenizer and no model; give the directory that holds both", file=directory)
+
+
 def write_text_files(destination: Path, config: ModelConfig, *, source: Path | None) -> None:
     """Copy config.json and the tokenizer's files from `source`, those that are there; else config.json of `config`."""
     if source is not None:

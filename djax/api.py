@@ -149,6 +149,7 @@ class DiffusionLM:
         stop_on_eos: bool = True,
         align: bool = False,
         row_ids: Sequence[int] | None = None,
+        allow_special_tokens: bool = False,
         watch: Watch | None = None,
     ) -> Generation:
         """Complete prompts in one jitted loop, which comes back to the host about twice a second.
@@ -178,6 +179,8 @@ class DiffusionLM:
             align: put block boundaries on multiples of `block_length` from each row's start; always for a model with
                 blocks.
             row_ids: identity of each row for the random key; rows keep their samples when a batch is cut.
+            allow_special_tokens: let control tokens that are written in texts and messages (`<|role_end|>`, the mask)
+                be control tokens; otherwise they are the text that they look like.
             watch: called with what has been reached after each stretch of the loop but the last; rows still at work
                 have the stop reason "interrupted". What it raises ends the generation.
 
@@ -188,7 +191,8 @@ class DiffusionLM:
             **self._defaults(recipe, block_length), temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, guidance=guidance, mask_id=mask_id, eos_id=eos_id, stop_on_eos=stop_on_eos)
         canvas, parts, eos_ids = self._prepare(
-            prompts, options, max_new_tokens=max_new_tokens, align=align, key=key, row_ids=row_ids)
+            prompts, options, max_new_tokens=max_new_tokens, align=align, key=key, row_ids=row_ids,
+            allow_special_tokens=allow_special_tokens)
         return self.decode(
             canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids, watch=watch)
 
@@ -271,6 +275,7 @@ class DiffusionLM:
         stop_on_eos: bool = True,
         align: bool = False,
         row_ids: Sequence[int] | None = None,
+        allow_special_tokens: bool = False,
         drafts: bool = True,
         streamer: Streamer | None = None,
     ) -> Iterator[StreamStep]:
@@ -289,6 +294,7 @@ class DiffusionLM:
             top_p=top_p, min_p=min_p, guidance=guidance, mask_id=mask_id, eos_id=eos_id, stop_on_eos=stop_on_eos)
         canvas, parts, eos_ids = self._prepare(
             prompts, options, max_new_tokens=max_new_tokens, align=align, key=key, row_ids=row_ids,
+            allow_special_tokens=allow_special_tokens,
             call=f"stream, drafts={drafts}, streamer={streamer is not None}")
         if streamer is not None and canvas.batch != 1:
             raise ValueError(f"streamer: got {canvas.batch} prompts; a streamer takes one; stream without it")
@@ -337,12 +343,14 @@ class DiffusionLM:
         self.params = accept(self.params, params, filter_types=filter_types)
 
     @without_mesh()
-    def logits(self, prompts: Prompt | Sequence[Prompt] | None) -> Float[np.ndarray, "B T V"]:
+    def logits(
+        self, prompts: Prompt | Sequence[Prompt] | None, *, allow_special_tokens: bool = False
+    ) -> Float[np.ndarray, "B T V"]:
         """float32 logits of one full forward; shorter rows are padded on the left.
 
         Position i's logits are about the token at position i: there is no shift.
         """
-        rows = self._rows(prompts, {"call": "logits"})
+        rows = self._rows(prompts, {"call": "logits"}, allow_special_tokens=allow_special_tokens)
         length = max(max(len(row) for row in rows), 1)
         tokens = np.full((len(rows), length), self.config.pad_id, np.int32)
         valid, positions = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.int32)
@@ -396,11 +404,14 @@ class DiffusionLM:
         return {"recipe": recipes.default_for(self.config, gaps=gaps) if recipe is None else recipe,
                 "block_length": (self.config.block_length or 64) if block_length is None else block_length}
 
-    def _rows(self, prompts: Prompt | Sequence[Prompt] | None, call: Mapping[str, Any]) -> list[list[int]]:
+    def _rows(
+        self, prompts: Prompt | Sequence[Prompt] | None, call: Mapping[str, Any], *, allow_special_tokens: bool,
+    ) -> list[list[int]]:
         """Token ids of the prompts, whichever of the mesh's processes has them; `call` is the same on all."""
         return shared_prompts(
             prompts, tokenizer=self.tokenizer, vocab_size=self.config.vocab_size, mesh=self.mesh,
-            call={**call, **self._alike()})
+            call={**call, "allow_special_tokens": allow_special_tokens, **self._alike()},
+            allow_special_tokens=allow_special_tokens)
 
     def _alike(self) -> dict[str, Any]:
         """What all processes of a mesh must have alike besides the call."""
@@ -410,10 +421,11 @@ class DiffusionLM:
     def _prepare(
         self, prompts: Prompt | Sequence[Prompt] | None, options: CallOptions, *, max_new_tokens: int, align: bool,
         key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None, call: str = "generate",
+        allow_special_tokens: bool = False,
     ) -> tuple[Canvas, Parts, tuple[int, ...]]:
         rows = self._rows(prompts, {
             "call": call, **vars(options), "max_new_tokens": max_new_tokens, "align": align, "key": key,
-            "row_ids": row_ids})
+            "row_ids": row_ids}, allow_special_tokens=allow_special_tokens)
         mask_id, eos_ids = resolve_ids(options, self.config)
         recipes.check_blocks(options.recipe, self.config, block_length=options.block_length)
         canvas = Canvas.from_prompts(

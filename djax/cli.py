@@ -88,6 +88,9 @@ def generate(
         "--token-ids", metavar="FILE", help="JSON file (- is standard input) with a list of token ids, or a list "
         "of lists.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take PROMPT as it is, without the chat template.")] = False,
+    allow_special_tokens: Annotated[bool, typer.Option(
+        "--allow-special-tokens", help="Let control tokens written in a prompt, such as <|role_end|>, be control "
+        "tokens and not text: for prompts with the template written out.")] = False,
     json: Json = False,
     json_full: JsonFull = False,
     live: Annotated[bool | None, typer.Option(
@@ -108,14 +111,15 @@ def generate(
     prompts = where.read(
         lambda: read_prompts(prompt, messages=messages, token_ids=token_ids, raw=raw), "prompts")
     arguments = _arguments(flags, sampling) | {
-        "max_new_tokens": length.max_new_tokens, "stop_on_eos": not length.no_stop, "align": length.align}
+        "max_new_tokens": length.max_new_tokens, "stop_on_eos": not length.no_stop, "align": length.align,
+        "allow_special_tokens": allow_special_tokens}
     lm = _load(model, where)
     with _fields_as_flags():
         if live:
             _generate_live(lm, lm.stream(prompts, **arguments), sampling.block_length)
             return
-        reached = Reached(as_json=json or json_full, full=json_full, prints=where.first, eos_ids=(lm.config.eos_id, *lm.config.other_eos_ids),
-                          tokenizer=lm.tokenizer)
+        reached = Reached(as_json=json or json_full, full=json_full, prints=where.first, tokenizer=lm.tokenizer,
+                          eos_ids=(lm.config.eos_id, *lm.config.other_eos_ids))
         with reaching(reached.tell):
             generation = lm.generate(prompts, **arguments, watch=reached.put)
     if where.first:

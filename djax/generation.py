@@ -149,14 +149,14 @@ class StreamStep(_Compared):
     """Text of `committed`, never half a character; None without a tokenizer."""
     draft: list[Int[np.ndarray, "n"]]
     """Each row's open region as it stands after its final tokens, the mask id where it is masked."""
-    draft_text: list[str] | None
-    """Text of `draft` without its masked positions; None without a tokenizer."""
     block: int
     """Block that the last step worked on."""
     nfe: Int[np.ndarray, "B"]
     done: Bool[np.ndarray, "B"]
     eos_ids: tuple[int, ...] = ()
     """What ends a row's text."""
+    draft_text: list[str] | None = None
+    """Text of `draft` without its masked positions; None without a tokenizer."""
 
     @property
     def lengths(self) -> Int[np.ndarray, "B"]:

@@ -16,11 +16,13 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 def encode_prompts(
-    prompts: Prompt | Sequence[Prompt], *, tokenizer: Tokenizer | None, vocab_size: int
+    prompts: Prompt | Sequence[Prompt], *, tokenizer: Tokenizer | None, vocab_size: int,
+    allow_special_tokens: bool = False,
 ) -> list[list[int]]:
     """Token ids of each prompt. One prompt on its own is a batch of one.
 
-    Texts are taken as they are; conversations go through the chat template.
+    Texts are taken as they are; conversations go through the chat template. Control tokens written in either are
+    text, unless `allow_special_tokens`.
 
     Raises:
         ValueError: an empty batch, an id outside the vocabulary, something that is no prompt, or text
@@ -29,12 +31,13 @@ def encode_prompts(
     batch = [prompts] if _is_single(prompts) else list(prompts)
     if not batch:
         raise ValueError("prompts: got an empty list; give at least one prompt")
-    return [_encode(prompt, f"prompts[{index}]", tokenizer, vocab_size) for index, prompt in enumerate(batch)]
+    return [_encode(prompt, f"prompts[{index}]", tokenizer, vocab_size, allow_special_tokens)
+            for index, prompt in enumerate(batch)]
 
 
 def shared_prompts(
     prompts: Prompt | Sequence[Prompt] | None, *, tokenizer: Tokenizer | None, vocab_size: int, mesh: Mesh | None,
-    call: Mapping[str, Any],
+    call: Mapping[str, Any], allow_special_tokens: bool = False,
 ) -> list[list[int]]:
     """`encode_prompts`, of a mesh whose processes have them all or one of them: the others give None.
 
@@ -44,7 +47,8 @@ def shared_prompts(
         ValueError: as `encode_prompts` and `djax.distributed.share`, on every process.
     """
     def encode() -> list[list[int]]:
-        return encode_prompts(prompts, tokenizer=tokenizer, vocab_size=vocab_size)  # type: ignore[arg-type]
+        return encode_prompts(prompts, tokenizer=tokenizer, vocab_size=vocab_size,  # type: ignore[arg-type]
+                              allow_special_tokens=allow_special_tokens)
 
     if mesh is None or not spans_processes(mesh):
         return encode()
@@ -97,13 +101,16 @@ def _is_single(prompts: Any) -> bool:
     return len(prompts) > 0 and isinstance(prompts[0], int | np.integer | Mapping)
 
 
-def _encode(prompt: Any, name: str, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+def _encode(
+    prompt: Any, name: str, tokenizer: Tokenizer | None, vocab_size: int, allow_special_tokens: bool
+) -> list[int]:
     is_chat = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
     if isinstance(prompt, str) or is_chat:
         if tokenizer is None:
             raise ValueError(f"{name}: got {'text' if isinstance(prompt, str) else 'chat messages'}, but this "
                              "checkpoint has no tokenizer.json; give token ids, or add the tokenizer's files")
-        prompt = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.apply_chat(prompt)
+        encode = tokenizer.encode if isinstance(prompt, str) else tokenizer.apply_chat
+        prompt = encode(prompt, allow_special_tokens=allow_special_tokens)
     return check_ids(prompt, name=name, vocab_size=vocab_size)
 
 

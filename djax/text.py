@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from djax.errors import ArgumentError
+
 ROLES = ("system", "user", "assistant")
 MASK_TOKEN = "<|mask|>"
 """How LLaDA's tokenizers write the mask."""
@@ -123,8 +125,16 @@ class Tokenizer:
         """Id of the end-of-sequence token, or None if the tokenizer names none."""
         return self.backend.eos_token_id
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; nothing is added to it, and special tokens written in it are recognised.
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of control tokens: the mask, ends, role marks and the like."""
+        return frozenset(token for token, added in self.backend.added_tokens_decoder.items() if added.special)
+
+    def encode(self, text: str, *, allow_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; nothing is added to it.
+
+        Control tokens that are written in it, such as `<|role_end|>` or the mask, are encoded as the text they are:
+        what users write must not end a turn or open a mask. With `allow_special_tokens` they become control tokens.
 
         Raises:
             ValueError: `text` is not a text, or not representable in UTF-8.
@@ -136,7 +146,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"text: got a lone surrogate at character {error.start}; allowed valid Unicode; "
                              "read the input as UTF-8") from error
-        return list(self.backend.encode(text, add_special_tokens=False))
+        return list(self.backend.encode(
+            text, add_special_tokens=False, split_special_tokens=not allow_special_tokens))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of token ids; special tokens are left out unless `skip_special` is False.
@@ -173,13 +184,40 @@ class Tokenizer:
                 f"messages: the checkpoint's chat template failed ({_short(str(error))}); allowed what it accepts; "
                 "change the messages, or give the prompt as text or token ids") from error
 
-    def apply_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of `chat_text(messages)`.
+    def apply_chat(self, messages: Sequence[Message], *, allow_special_tokens: bool = False) -> list[int]:
+        """Token ids of `chat_text(messages)`: only the template's own control tokens, unless others are allowed.
+
+        A conversation without any in its messages has the ids of its text as a whole. Otherwise each message is
+        encoded as text, and the template around it apart.
 
         Raises:
-            ValueError: `messages` is not a conversation, or the template refuses it.
+            ValueError: `messages` is not a conversation, the template refuses it, or it changes messages that hold
+                control tokens, so that they cannot be told from its own.
         """
-        return self.encode(self.chat_text(messages))
+        text = self.chat_text(messages)
+        ids = self.encode(text, allow_special_tokens=True)
+        if allow_special_tokens:
+            return ids
+        pieces = self._pieces(messages)
+        own = [token for piece in pieces for token in self.encode(piece, allow_special_tokens=True)
+               if token in self.special_ids]
+        if [token for token in ids if token in self.special_ids] == own:
+            return ids
+        contents = [message["content"] for message in messages]
+        if len(pieces) != len(contents) + 1 or text != "".join(
+                part for pair in zip(pieces, [*contents, ""], strict=True) for part in pair):
+            raise ArgumentError(
+                "messages", "control tokens in a message that the checkpoint's chat template changes",
+                allowed="messages without control tokens there", advice="leave them out, or give token ids")
+        return [token for piece, content in zip(pieces, [*contents, ""], strict=True)
+                for token in (*self.encode(piece, allow_special_tokens=True), *self.encode(content))]
+
+    def _pieces(self, messages: Sequence[Message]) -> list[str]:
+        """The template's own text before, between and after the messages' contents."""
+        mark = "\ue000"  # of the private use area: no template writes it, nothing strips or changes it
+        while any(mark in message["content"] for message in messages):
+            mark += "\ue001"
+        return self.chat_text([{**message, "content": mark} for message in messages]).split(mark)
 
     def stable_prefix(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids` as far as no later token can change it: never half a UTF-8 character.

@@ -116,14 +116,16 @@ def test_sources_of_prompts_agree(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}]
     text = render_chat(chat)
     expected = run_json("generate", "hi", *SMALL)
-    assert expected[0]["canvas"][:-8] == tokenizer.encode(text)
+    assert expected[0]["canvas"][:-8] == tokenizer.encode(text, allow_special_tokens=True)
     assert run_json("generate", *SMALL, input="hi\n") == expected
     assert run_json("generate", "-", *SMALL, input="hi") == expected
-    assert run_json("generate", text, "--raw", *SMALL) == expected
+    assert run_json("generate", text, "--raw", "--allow-special-tokens", *SMALL) == expected
+    assert run_json("generate", text, "--raw", *SMALL) != expected, "control tokens in a prompt are text"
     for value in (chat, [chat], {"messages": chat}):
         assert run_json("generate", "--messages", written(tmp_path, value), *SMALL) == expected
     assert run_json("generate", "--messages", "-", *SMALL, input=json.dumps(chat)) == expected
-    for ids in (tokenizer.encode(text), [tokenizer.encode(text)]):
+    whole = tokenizer.encode(text, allow_special_tokens=True)
+    for ids in (whole, [whole]):
         assert run_json("generate", "--token-ids", written(tmp_path, ids), *SMALL) == expected
 
 

@@ -54,6 +54,7 @@ def rollout(
     align: bool = False,
     micro_batch: int | None = None,
     row_ids: Sequence[int] | None = None,
+    allow_special_tokens: bool = False,
 ) -> Rollout:
     """Sample `num_samples` completions of every prompt; row `p * num_samples + g` is sample g of prompt p.
 
@@ -79,6 +80,7 @@ def rollout(
         align: see `DiffusionLM.generate`; always for models whose attention has blocks.
         micro_batch: rows decoded at a time; None is all of them.
         row_ids: identity of each of the P * G rows for the random key; None is 0, 1, 2, ...
+        allow_special_tokens: see `DiffusionLM.generate`.
 
     Raises:
         ValueError: names the argument, what came and what is allowed.
@@ -91,7 +93,8 @@ def rollout(
         eos_id=eos_id, stop_on_eos=stop_on_eos)
     recipes.check_blocks(options.recipe, lm.config, block_length=block_length)
     mask_token, eos_ids = resolve_ids(options, lm.config)
-    rows = encode_prompts(prompts, tokenizer=lm.tokenizer, vocab_size=lm.config.vocab_size)
+    rows = encode_prompts(prompts, tokenizer=lm.tokenizer, vocab_size=lm.config.vocab_size,
+                          allow_special_tokens=allow_special_tokens)
     _check_positions(lm, [len(row) + max_new_tokens for row in rows], "max_new_tokens", max_new_tokens)
     canvas = Canvas.from_prompts(
         _repeat(rows, num_samples), max_new_tokens=max_new_tokens, block_length=block_length, mask_id=mask_token,

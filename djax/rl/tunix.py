@@ -162,7 +162,8 @@ class DiffusionRollout(base_rollout.BaseRollout):
         """
         config, tokenizer = rollout_config, self._tokenizer
         self._check_length(config)
-        ids = [tokenizer.encode(str(prompt)) for prompt in prompts]
+        # Tunix hands over texts that went through a chat template already
+        ids = [tokenizer.encode(str(prompt), allow_special_tokens=True) for prompt in prompts]
         padded = _left_padded(ids, config.max_prompt_length)
         self.refresh()
         with self._lock:

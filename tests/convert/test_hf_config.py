@@ -62,7 +62,7 @@ def test_what_may_be_absent() -> None:
     ("vocab_size", None), ("num_hidden_layers", 10**6), ("num_experts", 10**9), ("num_attention_heads", 3),
     ("head_dim", 3),
     ("num_key_value_heads", 3), ("num_experts_per_tok", 5), ("rms_norm_eps", 0), ("rms_norm_eps", "1e-5"),
-    ("rope_theta", True), ("rope_theta", 1e300), ("eos_token_id", 24), ("eos_token_id", [1, 2]),
+    ("rope_theta", True), ("rope_theta", 1e300), ("eos_token_id", 24), ("eos_token_id", [1, 24]), ("eos_token_id", []),
     ("eos_token_id", None), ("pad_token_id", -1), ("mask_token_id", 24), ("mask_token_id", True),
     ("torch_dtype", "int8"), ("torch_dtype", 16), ("model_type", "llama"), ("model_type", None),
     ("head_dim", 0)])

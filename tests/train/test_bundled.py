@@ -139,7 +139,7 @@ def test_only_right_answers_become_trajectories(models: dict[str, djax.Diffusion
 
 def test_a_window_is_what_block_decoding_meets() -> None:
     tokenizer = Tokenizer.load(assets.path())
-    mask_id, eos_id = tokenizer.encode("<|mask|>")[0], tokenizer.eos_id
+    mask_id, eos_id = tokenizer.mask_id, tokenizer.eos_id
     assert eos_id is not None
     whole = TaskSource(tuple(tasks.TASKS), tokenizer, seed=2)
     source = WindowSource(whole, mask_id, eos_id, seed=3)
