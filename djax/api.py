@@ -163,7 +163,8 @@ class DiffusionLM:
                 several processes all have them, or one has and the others give None; all call alike.
             recipe: which decoder, from `djax.recipes`; default `recipes.default_for(config)`:
                 `dinfer()`, or `llada2()` for a model with blocks.
-            max_new_tokens: positions to generate per row; need not be a multiple of `block_length`.
+            max_new_tokens: positions to generate per row; need not be a multiple of `block_length`. A model with
+                blocks decodes its last block to the end, as its own code does, and what is too much is cut off.
             block_length: positions decoded together; None is the length of the model's own blocks, or 64.
             temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
             top_k: draw from the k most probable tokens only.
@@ -194,7 +195,8 @@ class DiffusionLM:
             prompts, options, max_new_tokens=max_new_tokens, align=align, key=key, row_ids=row_ids,
             allow_special_tokens=allow_special_tokens)
         return self.decode(
-            canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids, watch=watch)
+            canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids, limit=max_new_tokens,
+            watch=watch)
 
     @without_mesh()
     def infill(
@@ -299,13 +301,15 @@ class DiffusionLM:
         if streamer is not None and canvas.batch != 1:
             raise ValueError(f"streamer: got {canvas.batch} prompts; a streamer takes one; stream without it")
         steps = self._stream(
-            canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids, drafts=drafts)
+            canvas, parts, guidance=guidance, eos_ids=eos_ids, key=key, row_ids=row_ids, drafts=drafts,
+            limit=max_new_tokens)
         return steps if streamer is None else feed(streamer, canvas, steps)
 
     @without_mesh()
     def decode(
         self, canvas: Canvas, parts: Parts, *, guidance: float | None = None, eos_ids: Sequence[int] = (),
-        key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None, watch: Watch | None = None,
+        key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None, limit: int | None = None,
+        watch: Watch | None = None,
     ) -> Generation:
         """Decode a canvas of your own with parts of your own, in one jitted loop: what `generate` ends in.
 
@@ -323,7 +327,7 @@ class DiffusionLM:
         """
         recipes.check_blocks(parts, self.config, block_length=canvas.block_length)
         run = Run(self.program, *self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids))
-        return run.generation(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer, watch=watch)
+        return run.generation(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer, watch=watch, limit=limit)
 
     @without_mesh()
     def update_params(self, params: Params, filter_types: Sequence[type[nnx.Variable[Any]]] | None = None) -> None:
@@ -430,7 +434,8 @@ class DiffusionLM:
         recipes.check_blocks(options.recipe, self.config, block_length=options.block_length)
         canvas = Canvas.from_prompts(
             rows, max_new_tokens=max_new_tokens, block_length=options.block_length, mask_id=mask_id,
-            pad_id=self.config.pad_id, align=align or self.config.block_length is not None)
+            pad_id=self.config.pad_id, align=align or self.config.block_length is not None,
+            whole_blocks=self.config.block_length is not None)
         longest = max(len(row) for row in rows) + max_new_tokens
         if longest > self.config.max_positions:
             raise ValueError(
@@ -440,11 +445,11 @@ class DiffusionLM:
 
     def _stream(
         self, canvas: Canvas, parts: Parts, *, guidance: float | None, eos_ids: Sequence[int],
-        key: int | Key[Array, ""], row_ids: Sequence[int] | None, drafts: bool,
+        key: int | Key[Array, ""], row_ids: Sequence[int] | None, drafts: bool, limit: int,
     ) -> Iterator[StreamStep]:
         # no context around a yield: it would be the caller's between two steps
         with without_mesh():
-            reader = StreamReader(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer)
+            reader = StreamReader(canvas, eos_ids=eos_ids, tokenizer=self.tokenizer, limit=limit)
             run = Run(self.program, *self._arguments(canvas, parts, guidance=guidance, key=key, row_ids=row_ids))
         block = 0
         while run.left:

@@ -72,6 +72,7 @@ class Canvas:
         mask_id: int,
         pad_id: int,
         align: bool = False,
+        whole_blocks: bool = False,
         bucket: bool = True,
     ) -> Canvas:
         """Prompts followed by `max_new_tokens` masked positions each.
@@ -84,6 +85,8 @@ class Canvas:
             pad_id: token on padding; never attended.
             align: put block boundaries on multiples of `block_length` counted from each row's first real
                 token, as block-causal models need; block 0 may then begin with the prompt's last tokens.
+            whole_blocks: with `align`, open the rest of each row's last block too. Models with blocks saw whole blocks
+                of masks in training: one that ends early has other answers.
             bucket: round the prompt region and the number of blocks up to sizes of `bucket_size`, so
                 that near lengths share one compiled program.
 
@@ -95,9 +98,11 @@ class Canvas:
         rows = [np.asarray(list(prompt), np.int32) for prompt in prompts]
         length = block_length if align else 1
         lead = [len(row) // length * length for row in rows]
+        rest = [-(len(row) + max_new_tokens) % length if whole_blocks else 0 for row in rows]
+        opened = [max_new_tokens + more for more in rest]
         return cls._lay_out(
-            [np.concatenate([row, np.full(max_new_tokens, mask_id, np.int32)]) for row in rows],
-            [np.arange(len(row) + max_new_tokens) >= len(row) for row in rows],
+            [np.concatenate([row, np.full(count, mask_id, np.int32)]) for row, count in zip(rows, opened, strict=True)],
+            [np.arange(len(row) + count) >= len(row) for row, count in zip(rows, opened, strict=True)],
             lead, block_length=block_length, mask_id=mask_id, pad_id=pad_id,
             bucket=bucket, worst_rest=length - 1 + max_new_tokens)
 

@@ -197,32 +197,47 @@ def completion(
 
 def to_generation(
     canvas: Canvas, progress: Progress, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None, reasons: Sequence[str],
+    limit: int | None = None,
 ) -> Generation:
     """Fetch a state of the loop to the host and cut the completions out of it.
 
-    `reasons` names the numbers in `progress.stop_reason` (`djax.state.stop_reasons`).
+    `reasons` names the numbers in `progress.stop_reason` (`djax.state.stop_reasons`). With a `limit` only so many open
+    positions of each row were asked for; the rest of its last block was opened for the model's sake.
     """
     got, is_open, valid = jax.device_get((progress, canvas.is_masked, canvas.valid))
+    asked = first_open(is_open, limit)
     # on a mesh there may be rows behind the canvas' own
     got = jax.tree.map(lambda array: array[:canvas.batch] if array.ndim else array, got)
     working = (got.is_masked & is_open).any(-1) & ~got.done
-    tokens = [completion(*row, eos_ids) for row in zip(got.tokens, is_open, got.is_masked, strict=True)]
+    tokens = [completion(*row, eos_ids) for row in zip(got.tokens, asked, got.is_masked, strict=True)]
+    why = [reasons[reason] for reason in got.stop_reason]
+    if limit is not None:  # an EOS behind what was asked for ended nothing
+        why = ["length" if reason == "eos" and len(row) == limit and not np.isin(row, np.asarray(eos_ids)).any()
+               else reason for reason, row in zip(why, tokens, strict=True)]
     return Generation(
         text=None if tokenizer is None else [tokenizer.decode(_without_eos(row, eos_ids)) for row in tokens],
-        tokens=tokens, canvas=got.tokens, canvas_mask=valid, is_open=is_open, is_masked=got.is_masked,
+        tokens=tokens, canvas=got.tokens, canvas_mask=valid, is_open=asked, is_masked=got.is_masked,
         lengths=np.asarray([len(row) for row in tokens], np.int32), nfe=got.nfe, steps=got.step,
         refreshes=got.refreshes,
-        stop_reason=[INTERRUPTED if at_work else reasons[reason]
-                     for reason, at_work in zip(got.stop_reason, working, strict=True)],
+        stop_reason=[INTERRUPTED if at_work else reason for reason, at_work in zip(why, working, strict=True)],
         commit_step=got.commit_step, log_prob=got.log_prob)
+
+
+def first_open(is_open: Bool[np.ndarray, "B T"], limit: int | None) -> Bool[np.ndarray, "B T"]:
+    """The first `limit` open positions of each row; all of them without a limit."""
+    return is_open if limit is None else is_open & (np.cumsum(is_open, axis=1) <= limit)
 
 
 class StreamReader:
     """Turns the loop's states into `StreamStep`s: remembers what each row has already handed out."""
 
-    def __init__(self, canvas: Canvas, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, canvas: Canvas, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None, limit: int | None = None
+    ) -> None:
+        """`limit` as in `to_generation`."""
         self._canvas, self._eos_ids, self._tokenizer = canvas, eos_ids, tokenizer
-        self._is_open, self._valid = jax.device_get((canvas.is_masked, canvas.valid))
+        is_open, self._valid = jax.device_get((canvas.is_masked, canvas.valid))
+        self._is_open = first_open(is_open, limit)
         self._given = [0] * canvas.batch
         self._text: list[TextStream] | None = (
             None if tokenizer is None else [tokenizer.stream() for _ in range(canvas.batch)])

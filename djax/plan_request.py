@@ -91,7 +91,8 @@ class Request:
         mask_id, eos_ids = resolve_ids(options, config)
         canvas = Canvas.from_prompts(
             [[0] * prompt_length] * batch, max_new_tokens=max_new_tokens, block_length=block, mask_id=mask_id,
-            pad_id=config.pad_id, align=config.block_length is not None)
+            pad_id=config.pad_id, align=config.block_length is not None,
+            whole_blocks=config.block_length is not None)
         return cls(
             name=name or config.architecture, config=config, topology=topology, machine=machine(topology),
             shapes=shapes, recipe=recipe, kernels=kernels, canvas=canvas,

@@ -42,16 +42,17 @@ class Run:
             return bool(jax.device_get(self._left))
 
     def generation(
-        self, canvas: Canvas, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None, watch: Watch | None
+        self, canvas: Canvas, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None, watch: Watch | None,
+        limit: int | None = None,
     ) -> Generation:
-        """Go on to the end; `canvas` is the caller's, whose rows come back."""
+        """Go on to the end; `canvas` is the caller's, whose rows come back. `limit` as in `to_generation`."""
         while True:
             shown = self.advance()
             if self.left and watch is None:
                 continue
             with with_peers(self._program.mesh):
                 got = to_generation(canvas, shown, eos_ids=eos_ids, tokenizer=tokenizer,
-                                    reasons=stop_reasons(self._parts.stop_rule))
+                                    reasons=stop_reasons(self._parts.stop_rule), limit=limit)
             if not self.left:
                 return got
             if watch is not None:

@@ -98,9 +98,11 @@ def rollout(
     _check_positions(lm, [len(row) + max_new_tokens for row in rows], "max_new_tokens", max_new_tokens)
     canvas = Canvas.from_prompts(
         _repeat(rows, num_samples), max_new_tokens=max_new_tokens, block_length=block_length, mask_id=mask_token,
-        pad_id=lm.config.pad_id, align=align or lm.config.block_length is not None)
+        pad_id=lm.config.pad_id, align=align or lm.config.block_length is not None,
+        whole_blocks=lm.config.block_length is not None)
     parts = make_parts(options, mask_id=mask_token, eos_ids=eos_ids, vocab_limit=lm.vocab_limit)
-    return _sample(lm, canvas, parts, options, eos_ids=eos_ids, key=key, micro_batch=micro_batch, row_ids=row_ids)
+    return _sample(lm, canvas, parts, options, eos_ids=eos_ids, key=key, micro_batch=micro_batch, row_ids=row_ids,
+                   limit=max_new_tokens)
 
 
 @without_mesh()
@@ -237,7 +239,7 @@ def as_rollout(
 
 def _sample(
     lm: DiffusionLM, canvas: Canvas, parts: Parts, options: CallOptions, *, eos_ids: Sequence[int],
-    key: int | Key[Array, ""], micro_batch: int | None, row_ids: Sequence[int] | None,
+    key: int | Key[Array, ""], micro_batch: int | None, row_ids: Sequence[int] | None, limit: int | None = None,
 ) -> Rollout:
     """Decode a canvas, some rows at a time, and keep the record on the host."""
     ids = np.arange(canvas.batch) if row_ids is None else np.asarray(row_ids)
@@ -254,7 +256,8 @@ def _sample(
         rows = np.minimum(rows, canvas.batch - 1)
         cut = _take(canvas, rows, idle)
         generation = lm.decode(
-            cut, parts, guidance=options.guidance, eos_ids=eos_ids, key=key, row_ids=ids[rows].tolist())
+            cut, parts, guidance=options.guidance, eos_ids=eos_ids, key=key, row_ids=ids[rows].tolist(),
+            limit=limit)
         got = _of_generation(cut, generation, parts, ids[rows], guided=options.guidance is not None)
         rollouts.append(got.take(slice(0, size - int(idle.sum()))))
     joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in rollouts]) for name in PER_ROW}
