@@ -171,6 +171,7 @@ def test_random_weights_with_sizes_that_no_two_axes_share(tokens: np.ndarray) ->
     assert np.abs(got - ask(without, tokens, SMALL.block_length)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_would_be_wrong_is_seen(tokens: np.ndarray) -> None:
     """The oracle tells apart the mistakes that ports make."""
     ours = logits_of(model_of(golden_oracle(), golden.CONFIG), tokens)
@@ -185,6 +186,7 @@ def test_what_would_be_wrong_is_seen(tokens: np.ndarray) -> None:
         assert largest(ours, ask(wrong, tokens, 8)) > 1e-2
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_as_bfloat16_gets(tokens: np.ndarray) -> None:
     """Against the same rounded weights in float64; transformers' own bfloat16 is the yardstick."""
     rounded, exact = make_oracle(SMALL).bfloat16(), make_oracle(SMALL).bfloat16().double()

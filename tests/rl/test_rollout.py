@@ -68,7 +68,8 @@ def toy_canvas() -> Canvas:
                                mask_id=toy.MASK, pad_id=toy.PAD, bucket=False)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [
+    name if name in ("threshold", "random") else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES])
 def test_replay_equals_the_sampler(name: str) -> None:
     """Ragged prompts, rows that stop early and rows that do not, hot, warm and greedy."""
     for temperature in (0.0, 0.6, 1.5):
@@ -217,6 +218,7 @@ def test_lengths_end_at_eos_and_completions_with_it(tiny_lm) -> None:
         score(tiny_lm.denoiser, tiny_lm.params, got, states), got.log_prob, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_samples_differ_and_cuts_do_not_matter(tiny_lm) -> None:
     """16 rows whose prompts' lengths lie in different buckets, in cuts of 1, 4 and 16."""
     prompts = [list(range(1, 20)), [5]]

@@ -162,6 +162,7 @@ def test_a_row_that_turns_nan_teaches_nobody_nan(remat: bool) -> None:
         np.testing.assert_allclose(leaf, sum(others), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_is_one_state_and_no_logits() -> None:
     """Compiled for a vocabulary that dwarfs the rest: neither [B, T, V] nor n states' activations are held."""
     config = LladaMoeConfig(
@@ -199,6 +200,7 @@ def test_wrong_arguments_are_named(tiny_lm, given, states, change: dict, message
 # --- likelihoods ---
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_the_spread(tiny_lm) -> None:
     """96 rows of one target are 96 independent estimates: their spread is what the errors say, whatever the scheme."""
     rows, n = 96, 6

@@ -89,6 +89,7 @@ def test_a_masked_token_does_not_see_itself() -> None:
     np.testing.assert_allclose(everything[0, 2], 0.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_of_one_token_give_the_chain_rule() -> None:
     """4096 draws of a row: their mean is -log p from left to right, a token each."""
     single = placed(1)

@@ -104,6 +104,7 @@ def test_the_tokenizer_agrees_with_the_config_and_splits_long_numbers() -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", assets.NAMES)
 def test_held_out_questions_are_answered(
     name: str, answers: Callable[[str, Recipe], tuple[Generation, float]]
@@ -125,6 +126,7 @@ def test_a_name_that_is_not_bundled_is_one_line() -> None:
         djax.load("djax:large")
 
 
+@pytest.mark.slow
 def test_only_right_answers_become_trajectories(models: dict[str, djax.DiffusionLM]) -> None:
     found = concatenate(list(sample(models["base"], 10, seed=3)))
     assert 5 <= len(found) <= 10

@@ -34,7 +34,7 @@ def train(path: Path, text: str) -> Result:
     return CliRunner().invoke(app, ["train", str(path)])
 
 
-@pytest.mark.parametrize("objective", ["masked", "block"])
+@pytest.mark.parametrize("objective", [pytest.param("masked", marks=pytest.mark.slow), "block"])
 def test_a_run_gives_a_model_and_goes_on(objective: str, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     run = RUN + f'objective = "{objective}"\n'

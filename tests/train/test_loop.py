@@ -78,7 +78,7 @@ def test_training_learns() -> None:
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
 
 
-@pytest.mark.parametrize("objective", ["masked", "block"])
+@pytest.mark.parametrize("objective", ["masked", pytest.param("block", marks=pytest.mark.slow)])
 def test_one_and_eight_devices_have_the_same_loss_curve(objective: str) -> None:
     """Data parallel over four, experts over two; in processes of their own, where devices can be chosen."""
     runs = [start("-", devices=devices, objective=objective) for devices in (1, 8)]
@@ -161,6 +161,7 @@ def test_a_damaged_checkpoint_is_one_line(whole: tuple[Path, str], tmp_path: Pat
     assert digest(run(tmp_path / "run", STEPS).params) == whole[1]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoints_before_it(whole: tuple[Path, str], tmp_path: Path) -> None:
     """A limit on file sizes stands in for the disk, from the second update on."""
     process = start(tmp_path, limit=2000)

@@ -72,6 +72,7 @@ def test_loss_is_an_unbiased_estimate_of_the_bound() -> None:
     assert error < 0.02 * expected
 
 
+@pytest.mark.slow
 def test_bound_is_above_the_chain_rule_of_any_order() -> None:
     """The mean of -log p over all orders is the bound itself, so some order is below it and one above."""
     batch = batch_of(1)
