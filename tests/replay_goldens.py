@@ -25,6 +25,7 @@ from djax.sharding import make_mesh, parse_mesh
 from djax.smoothing import HardTokens, SoftTokens
 from djax.strategies import Hierarchical, Threshold
 from djax.transforms import Credit, Identity
+from tests.select import SelectStrategy, SelectTransform
 
 Case = dict[str, Any]
 
@@ -50,6 +51,17 @@ def recipe_of(case: Case) -> Recipe:
         smoothing=SoftTokens() if smooth else HardTokens(), mask_token="refuse")
 
 
+def shared(recipe: Recipe) -> Recipe:
+    """The same recipe with its strategy and transform chosen by a leaf: one program serves all decoders."""
+    strategy, hierarchical = recipe.strategy, isinstance(recipe.strategy, Hierarchical)
+    high = strategy.high if isinstance(strategy, Hierarchical) else strategy.threshold
+    low = strategy.low if isinstance(strategy, Hierarchical) else 0.0
+    return dataclasses.replace(
+        recipe,
+        strategy=SelectStrategy(index=int(hierarchical), parts=(Threshold(high), Hierarchical(high=high, low=low))),
+        transform=SelectTransform(index=int(isinstance(recipe.transform, Credit)), parts=(Identity(), Credit())))
+
+
 def with_blocks(
     lm: djax.DiffusionLM, case: Case, kernels: djax.Kernels, made: dict[int, djax.DiffusionLM]
 ) -> djax.DiffusionLM:
@@ -70,8 +82,8 @@ def replay(lm: djax.DiffusionLM, case: Case) -> str | None:
     if block_diffusion:  # the last block is decoded to its end
         new_tokens = -(-(len(prompt) + new_tokens) // length) * length - len(prompt)
     out = lm.generate(
-        [prompt], recipe=recipe_of(case), max_new_tokens=new_tokens, block_length=length, mask_id=case["mask_id"],
-        eos_id=case["eos_id"], align=case["align"] or block_diffusion)
+        [prompt], recipe=shared(recipe_of(case)), max_new_tokens=new_tokens, block_length=length,
+        mask_id=case["mask_id"], eos_id=case["eos_id"], align=case["align"] or block_diffusion)
     # Without early stop dInfer ends at EOS all the same, but leaves mask ids where djax fills with EOS.
     drop = {case["eos_id"]} | (set() if case["early_stop"] else {case["mask_id"]})
     got = [int(token) for token in out.canvas[0][out.canvas_mask[0]] if token not in drop]
