@@ -96,9 +96,15 @@ def _problem(axis: str, structure: Any, kinds: tuple[Any, ...]) -> str | None:
 def _strategy(part: Any, batch: int) -> str | None:
     block = (batch, _LENGTH)
     state = _state(part, batch)
-    bound = part.max_steps(_LENGTH)
-    if not isinstance(bound, int) or bound < 1:
-        return f"whose max_steps gives {bound!r}, not a whole number of at least 1"
+    bounds = []
+
+    def bound(part: Any) -> Any:
+        bounds.append(part.max_steps(_LENGTH))
+        return jnp.asarray(bounds[0], jnp.int32)
+
+    if _traced(bound, part).shape != () or (isinstance(bounds[0], int | float) and
+                                            not (isinstance(bounds[0], int) and bounds[0] >= 1)):
+        return f"whose max_steps gives {bounds[0]!r}, not a whole number of at least 1"
     if not isinstance(part.reopens, bool):
         return f"whose reopens is {part.reopens!r}, not True or False"
     given, after = _traced(

@@ -25,13 +25,13 @@ from djax.sharding import make_mesh, parse_mesh
 from djax.smoothing import HardTokens, SoftTokens
 from djax.strategies import Hierarchical, Threshold
 from djax.transforms import Credit, Identity
+from tests.select import SelectStrategy, SelectTransform
 
 Case = dict[str, Any]
 
 
 def read_cases(directory: Path) -> list[Case]:
-    lines = (directory / "cases.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
+    return [json.loads(line) for line in (directory / "cases.jsonl").read_text().splitlines() if line.strip()]
 
 
 def recipe_of(case: Case) -> Recipe:
@@ -51,6 +51,17 @@ def recipe_of(case: Case) -> Recipe:
         smoothing=SoftTokens() if smooth else HardTokens(), mask_token="refuse")
 
 
+def shared(recipe: Recipe) -> Recipe:
+    """The same recipe with its strategy and transform chosen by a leaf: one program serves all decoders."""
+    strategy, hierarchical = recipe.strategy, isinstance(recipe.strategy, Hierarchical)
+    high = strategy.high if isinstance(strategy, Hierarchical) else strategy.threshold
+    low = strategy.low if isinstance(strategy, Hierarchical) else 0.0
+    return dataclasses.replace(
+        recipe,
+        strategy=SelectStrategy(index=int(hierarchical), parts=(Threshold(high), Hierarchical(high=high, low=low))),
+        transform=SelectTransform(index=int(isinstance(recipe.transform, Credit)), parts=(Identity(), Credit())))
+
+
 def with_blocks(
     lm: djax.DiffusionLM, case: Case, kernels: djax.Kernels, made: dict[int, djax.DiffusionLM]
 ) -> djax.DiffusionLM:
@@ -64,14 +75,14 @@ def with_blocks(
     return made[length]
 
 
-def replay(lm: djax.DiffusionLM, case: Case, recipe: Recipe | None = None) -> str | None:
-    """What differs from the recorded run, or None. `recipe` is another spelling of the case's own."""
+def replay(lm: djax.DiffusionLM, case: Case) -> str | None:
+    """What differs from the recorded run, or None."""
     length, prompt, new_tokens = case["block_length"], case["prompt"], case["gen_length"]
     block_diffusion = case["algo"].startswith("bd")
     if block_diffusion:  # the last block is decoded to its end
         new_tokens = -(-(len(prompt) + new_tokens) // length) * length - len(prompt)
     out = lm.generate(
-        [prompt], recipe=recipe or recipe_of(case), max_new_tokens=new_tokens, block_length=length,
+        [prompt], recipe=shared(recipe_of(case)), max_new_tokens=new_tokens, block_length=length,
         mask_id=case["mask_id"], eos_id=case["eos_id"], align=case["align"] or block_diffusion)
     # Without early stop dInfer ends at EOS all the same, but leaves mask ids where djax fills with EOS.
     drop = {case["eos_id"]} | (set() if case["early_stop"] else {case["mask_id"]})

@@ -28,14 +28,15 @@ def test_a_row_of_a_ragged_batch_is_the_row_alone(lm: djax.DiffusionLM) -> None:
         assert batch.nfe[index] == alone.nfe[0]
 
 
-def test_infilling(lm: djax.DiffusionLM) -> None:
+@pytest.mark.parametrize("recipe", [
+    None, pytest.param(recipes.llada2().replace(cache_policy=Dual()), marks=pytest.mark.slow)], ids=["own", "dual"])
+def test_infilling(lm: djax.DiffusionLM, recipe: recipes.Recipe | None) -> None:
     rows = [list(range(1, 50)), list(range(60, 77))]
     masks = [[index in (3, 40, 41) for index in range(49)], [index % 5 == 0 for index in range(17)]]
-    for recipe in (None, recipes.llada2().replace(cache_policy=Dual())):
-        batch = lm.infill(rows, masks, recipe=recipe)
-        for index in range(2):
-            alone = lm.infill([rows[index]], [masks[index]], recipe=recipes.llada2(cache=False))
-            np.testing.assert_array_equal(batch.tokens[index], alone.tokens[0])
+    batch = lm.infill(rows, masks, recipe=recipe)
+    for index in range(2):
+        alone = lm.infill([rows[index]], [masks[index]], recipe=recipes.llada2(cache=False))
+        np.testing.assert_array_equal(batch.tokens[index], alone.tokens[0])
 
 
 def test_what_cannot_be_is_refused(lm: djax.DiffusionLM, golden_lm: djax.DiffusionLM) -> None:

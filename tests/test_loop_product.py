@@ -1,7 +1,8 @@
 """Every part with every other one: the jitted loop against the NumPy oracle, token for token.
 
-The default run compiles one program per case of a pairwise cover. The slow run is the full product; there one
-program holds all transforms (`Select`) and both temperatures (a leaf), so that 84 compilations serve 1176 cases.
+One program holds all transforms, strategies and proposals, each chosen by a leaf (`tests.select`): fourteen serve the
+whole product of 1176 cases. They give the loop logits; what can do with a reading is run on readings by programs of its
+own. The default run takes every cache once, on logits or on readings; the slow run takes the rest.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djax import cache_policies, proposals, smoothing, stopping, strategies, struct, transforms
+from djax import cache_policies, proposals, smoothing, stopping, strategies, transforms
 from djax.canvas import Canvas
 from djax.denoise import Result, denoise
 from djax.schedules import Linear
 from tests import oracle, toy
+from tests.select import SelectPropose, SelectStrategy, SelectTransform
 
 BLOCK_LENGTH = 6
 NEW_TOKENS = 12
@@ -74,30 +76,10 @@ PROPOSALS: dict[str, tuple[Any, oracle.Propose]] = {
 AXES = (TRANSFORMS, STRATEGIES, CACHES, SMOOTHINGS, PROPOSALS)
 PRODUCT = list(itertools.product(*AXES))
 Case = tuple[str, ...]
+READERS = [name for name, (part, _) in TRANSFORMS.items() if getattr(part, "reads", False)]
 
 MODEL = toy.NumpyToy(toy.make_params())
 PARAMS = toy.make_params()
-
-
-@struct.dataclass
-class Select:
-    """One of several transforms, chosen by a leaf."""
-
-    index: Any
-    parts: tuple[Any, ...]
-
-    def init(self, *shape: int) -> Any:
-        return tuple(part.init(*shape) for part in self.parts)
-
-    def step(self, logits: jax.Array, is_masked: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        def branch(i: int) -> Any:
-            def run(logits: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-                logits, new = self.parts[i].step(logits, is_masked, state[i])
-                return logits, (*state[:i], new, *state[i + 1:])
-
-            return run
-
-        return jax.lax.switch(self.index, [branch(i) for i in range(len(self.parts))], logits, state)
 
 
 def make_prompts(seed: int) -> list[list[int]]:
@@ -123,6 +105,7 @@ def expected_rows(case: Case, seed: int) -> list[oracle.Row]:
         for row, prompt in enumerate(make_prompts(seed))]
 
 
+@functools.cache
 def choose_seed(case: Case) -> tuple[int, list[oracle.Row]]:
     """The first seed without a decision inside float32 error, and what the oracle makes of it."""
     first = PRODUCT.index(case) * 100
@@ -156,43 +139,51 @@ def compiled(parts: dict[str, Any]) -> Any:
     return lowered.compile(compiler_options=COMPILER_OPTIONS)
 
 
-@functools.cache
-def pairwise_cover() -> list[Case]:
-    """Few cases in which every pair of parts of two axes meets: greedily, the one with most new pairs."""
-    pairs = {case: {(a, b) for a, b in itertools.combinations(enumerate(case), 2)} for case in PRODUCT}
-    missing = set().union(*pairs.values())
-    cover = []
-    while missing:
-        case = max(PRODUCT, key=lambda candidate: len(pairs[candidate] & missing))
-        cover.append(case)
-        missing -= pairs[case]
-    return cover
+def among(select: Any, axis: dict[str, tuple[Any, Any]], names: list[str]) -> Any:
+    return select(index=jnp.int32(0), parts=tuple(axis[name][0] for name in names))
 
 
-@pytest.mark.parametrize("case", pairwise_cover(), ids="-".join)
-def test_pair(case: Case) -> None:
-    seed, rows = choose_seed(case)
-    names = ("transform", "strategy", "cache_policy", "smoothing", "propose")
-    parts = {name: axis[part][0] for name, axis, part in zip(names, AXES, case, strict=True)}
-    check(compiled(parts)(make_canvas(seed), jax.random.key(seed), parts), rows, f"{case}, seed {seed}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("soft", SMOOTHINGS)
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_product(strategy: str, cache: str, soft: str) -> None:
-    select = Select(index=jnp.int32(0), parts=tuple(part for part, _ in TRANSFORMS.values()))
-    parts = {"transform": select, "strategy": STRATEGIES[strategy][0], "cache_policy": CACHES[cache][0],
-             "smoothing": SMOOTHINGS[soft][0], "propose": proposals.Sample(jnp.float32(0.0))}
+def check_all(parts: dict[str, Any], *, transforms: list[str], cache: str, soft: str, proposes: list[str]) -> None:
+    """Every strategy with these others, in one program."""
     program = compiled(parts)
-    for index, transform in enumerate(TRANSFORMS):
-        for propose, temperature in (("greedy", 0.0), ("sample", TEMPERATURE)):
-            case = (transform, strategy, cache, soft, propose)
-            seed, rows = choose_seed(case)
-            parts |= {"transform": select.replace(index=jnp.int32(index)),
-                      "propose": proposals.Sample(jnp.float32(temperature))}
-            check(program(make_canvas(seed), jax.random.key(seed), parts), rows, f"{case}, seed {seed}")
+    strategies = list(STRATEGIES)
+    for case in itertools.product(transforms, strategies, [cache], [soft], proposes):
+        seed, rows = choose_seed(case)
+        chosen = {"transform": transforms.index(case[0]), "strategy": strategies.index(case[1]),
+                  "propose": proposes.index(case[4])}
+        given = parts | {name: parts[name].replace(index=jnp.int32(index)) for name, index in chosen.items()
+                         if hasattr(parts[name], "index")}
+        check(program(make_canvas(seed), jax.random.key(seed), given), rows, f"{case}, seed {seed}")
+
+
+def shared_parts(cache: str, soft: str, transforms: list[str]) -> dict[str, Any]:
+    return {"transform": among(SelectTransform, TRANSFORMS, transforms),
+            "strategy": among(SelectStrategy, STRATEGIES, list(STRATEGIES)),
+            "cache_policy": CACHES[cache][0], "smoothing": SMOOTHINGS[soft][0]}
+
+
+def product_of(*axes: Any, default: list[tuple[str, ...]]) -> list[Any]:
+    return [pytest.param(*names, marks=() if names in default else pytest.mark.slow, id="-".join(names))
+            for names in itertools.product(*axes)]
+
+
+@pytest.mark.parametrize(("cache", "soft"), product_of(
+    CACHES, SMOOTHINGS, default=[("prefix", "hard"), ("periodic", "soft"), ("warmup", "hard")]))
+def test_product(cache: str, soft: str) -> None:
+    """On logits: 84 cases."""
+    parts = shared_parts(cache, soft, list(TRANSFORMS))
+    parts["propose"] = among(SelectPropose, PROPOSALS, list(PROPOSALS))
+    check_all(parts, transforms=list(TRANSFORMS), cache=cache, soft=soft, proposes=list(PROPOSALS))
+
+
+@pytest.mark.parametrize(("cache", "soft", "propose"), product_of(CACHES, SMOOTHINGS, PROPOSALS, default=[
+    ("none", "soft", "greedy"), ("dual", "hard", "greedy"), ("vicinity", "soft", "sample"),
+    ("block_causal", "hard", "sample")]))
+def test_product_on_readings(cache: str, soft: str, propose: str) -> None:
+    """The transforms that can do with a reading: 18 cases."""
+    parts = shared_parts(cache, soft, READERS) | {"propose": PROPOSALS[propose][0]}
+    assert parts["transform"].reads
+    check_all(parts, transforms=READERS, cache=cache, soft=soft, proposes=[propose])
 
 
 def test_cases_differ() -> None:
