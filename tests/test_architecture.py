@@ -60,7 +60,7 @@ def wrong_imports(path: Path) -> set[str]:
         wrong |= used - {"__future__", "jax", "jaxtyping", "numpy", "kernels_pallas"} - set(sys.stdlib_module_names)
     elif name.startswith("convert/"):
         inner = {module for module in imports(path) if module.startswith("djax")}
-        allowed = ("djax.config", "djax.models", "djax.sharding", "djax.distributed", "djax.__version__")
+        allowed = ("djax.config", "djax.errors", "djax.models", "djax.sharding", "djax.distributed", "djax.__version__")
         wrong |= {module for module in inner if module != "djax" and not module.startswith(allowed)}
         wrong |= used & {"kernels_pallas"}
     else:
