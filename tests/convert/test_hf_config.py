@@ -9,10 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import djax
+from convert import convert, load_params
 from convert.errors import CheckpointError, ConfigError, SourceError
 from convert.hf_config import hf_fields, model_config, read_config
 from djax.config import LLADA_MOE_MASK_ID, LladaMoeConfig
-from tests.convert.builders import CONFIG
+from tests.convert.builders import CONFIG, tensors, write
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PUBLISHED = {
@@ -50,6 +52,70 @@ def test_what_may_be_absent() -> None:
     assert (config.num_kv_heads, config.pad_id, config.dtype) == (4, 20, "bfloat16")
     assert model_config({**CONFIG, "norm_topk_prob": True}) == model_config(CONFIG)
     assert model_config({**CONFIG, "eos_token_id": [20]}) == model_config(CONFIG)
+
+
+@pytest.mark.parametrize("changes", [
+    {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 50000}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 1}},
+    {"rope_scaling": {"type": "default"}}, {"rope_scaling": {"rope_type": "default"}},
+    {"torch_dtype": "torch.float32"}, {"torch_dtype": None, "dtype": "float32"}, {"eos_token_id": [20, 20]}], ids=str)
+def test_other_spellings_of_the_same(changes: dict[str, Any]) -> None:
+    assert model_config({**CONFIG, **changes}) == model_config(CONFIG)
+
+
+def test_auto_leaves_the_dtype_to_the_tensors(tmp_path: Path) -> None:
+    assert model_config({**CONFIG, "torch_dtype": "auto"}).dtype == "bfloat16"
+    directory = write(tmp_path, tensors(dtype="float16"), config={**CONFIG, "torch_dtype": "auto"})
+    assert load_params(directory)[0].dtype == "float16"
+
+
+def test_several_tokens_end_a_sequence(tmp_path: Path) -> None:
+    """A list in config.json, and those of generation_config.json, which chat models have alone."""
+    several = model_config({**CONFIG, "eos_token_id": [20, 3]})
+    assert (several.eos_id, several.other_eos_ids, several.pad_id) == (20, (3,), 20)
+    assert model_config(hf_fields(several)) == several
+    directory = write(tmp_path / "source", tensors(), config={**CONFIG, "eos_token_id": 20})
+    (directory / "generation_config.json").write_bytes(b'\xef\xbb\xbf{"eos_token_id": [3, 20, 7]}')
+    config = read_config(directory)
+    assert (config.eos_id, config.other_eos_ids) == (20, (3, 7))
+    converted = convert(directory, tmp_path / "converted")
+    assert load_params(converted)[0].other_eos_ids == (3, 7)
+    lm = djax.load(converted, mask_id=23)
+    call = {"max_new_tokens": 8, "block_length": 8}
+    free = lm.generate([[1, 2]], stop_on_eos=False, eos_id=0, **call).canvas[0][-8:]
+    ending = djax.DiffusionLM(dataclasses.replace(lm.config, eos_id=21, other_eos_ids=(int(free[3]),)), lm.params)
+    ended = ending.generate([[1, 2]], **call)
+    assert ended.stop_reason == ["eos"]
+    assert ended.tokens[0].tolist() == free[:list(free).index(free[3]) + 1].tolist()
+    assert djax.load(converted, mask_id=23, eos_id=5).config.other_eos_ids == ()
+
+
+@pytest.mark.parametrize(("changes", "field"), [
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_parameters"),
+    ({"rope_parameters": {"rope_theta": 50000}}, "rope_parameters"), ({"rope_parameters": 3}, "rope_parameters"),
+    ({"rope_parameters": {"rope_type": "default", "factor": 2}}, "rope_parameters"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta"),
+    ({"rope_theta": "50000"}, "rope_theta"), ({"rope_theta": None}, "rope_theta"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"torch_dtype": "torch.int8"}, "torch_dtype")], ids=str)
+def test_other_kinds_of_it_are_refused(changes: dict[str, Any], field: str) -> None:
+    fields = {**CONFIG, **changes}
+    if field == "partial_rotary_factor":
+        del fields["partial_rotary_factor"]
+    with pytest.raises(ConfigError) as caught:
+        model_config(fields)
+    assert caught.value.key == field
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    (["config.json", "adapter_config.json", "adapter_model.safetensors"], "adapter"),
+    (["adapter_model.bin"], "adapter"), (["model.gguf"], "GGUF"), (["tokenizer.json"], "tokenizer and no model"),
+    (["_METADATA"], "Orbax")])
+def test_what_holds_no_model_is_called_what_it_is(names: list[str], words: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(SourceError, match=words):
+        djax.load(tmp_path)
 
 
 @pytest.mark.parametrize(("field", "value"), [

@@ -245,11 +245,12 @@ def choose(logits: np.ndarray, bias: np.ndarray, *, k: int, groups: int, kept: i
     best_groups = sorted(range(groups), key=lambda g: -worth[g])[:kept]
     allowed = [e for e in range(len(scores)) if e // size in best_groups]
     chosen = sorted(allowed, key=lambda e: -biased[e])[:k]
-    total = sum(scores[e] for e in chosen)
+    total = sum(scores[e] for e in chosen) if k > 1 else 1.0  # the published code leaves a single weight as it is
     return {e: scale * scores[e] / total for e in chosen}
 
 
-@pytest.mark.parametrize(("experts", "k", "groups", "kept"), [(8, 2, 4, 2), (32, 8, 8, 4), (12, 3, 2, 1), (6, 6, 1, 1)])
+@pytest.mark.parametrize(("experts", "k", "groups", "kept"), [
+    (8, 2, 4, 2), (32, 8, 8, 4), (12, 3, 2, 1), (6, 6, 1, 1), (8, 1, 4, 2)])
 def test_routing_is_that_of_a_plain_loop(experts: int, k: int, groups: int, kept: int) -> None:
     rng = np.random.default_rng(experts)
     logits = rng.normal(size=(50, experts)).astype(np.float32) * 2

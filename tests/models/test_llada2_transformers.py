@@ -38,7 +38,9 @@ def make_oracle(config: Llada2MoeConfig) -> Any:
         moe_intermediate_size=config.expert_size, num_experts_per_tok=config.experts_per_token,
         n_shared_experts=config.num_shared_experts, n_routed_experts=config.num_experts,
         routed_scaling_factor=config.routed_scaling_factor, n_group=config.num_groups,
-        topk_group=config.groups_per_token, first_k_dense_replace=config.num_dense_layers, norm_topk_prob=True,
+        topk_group=config.groups_per_token, first_k_dense_replace=config.num_dense_layers,
+        # GLM-4 divides by the sum whatever k is; LLaDA2's code only where there are several
+        norm_topk_prob=config.experts_per_token > 1,
         rms_norm_eps=config.rms_norm_eps, use_qk_norm=True, tie_word_embeddings=False, attention_bias=False,
         attn_implementation="eager", experts_implementation="eager", num_mtp_layers=0)
     torch.manual_seed(0)
@@ -169,6 +171,16 @@ def test_random_weights_with_sizes_that_no_two_axes_share(tokens: np.ndarray) ->
     for layer in without.model.layers[SMALL.num_dense_layers:]:
         layer.mlp.gate.e_score_correction_bias.zero_()
     assert np.abs(got - ask(without, tokens, SMALL.block_length)).max() > 1e-3
+
+
+def test_one_expert_a_token_keeps_its_own_weight(tokens: np.ndarray) -> None:
+    config = dataclasses.replace(SMALL, experts_per_token=1)
+    oracle = make_oracle(config)
+    got = logits_of(model_of(oracle, config), tokens)
+    assert np.abs(got - ask(oracle, tokens, config.block_length)).max() < 5e-6
+    for layer in oracle.model.layers[config.num_dense_layers:]:
+        layer.mlp.gate.norm_topk_prob = True
+    assert np.abs(got - ask(oracle, tokens, config.block_length)).max() > 1e-3
 
 
 @pytest.mark.slow

@@ -147,6 +147,17 @@ def test_json_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
         (tokenizer.encode("x"), tokenizer.encode("y")), encode_pair(chat[:1], "c", tokenizer)]
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_lines_end_at_newlines_only(separator: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Also: a byte order mark, and Windows' line ends."""
+    lines = [{"prompt": "p", "answer": f"a{separator}b"}, {"prompt": "q", "answer": "c"}]
+    path = tmp_path / "data.jsonl"
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_jsonl(path, tokenizer) == [
+        encode_pair("p", f"a{separator}b", tokenizer), encode_pair("q", "c", tokenizer)]
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("", "got no examples"),
     ("nonsense", "line 1: "),
