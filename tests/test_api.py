@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -70,18 +71,17 @@ def test_rows_do_not_depend_on_their_batch(golden_lm, batch):
 
 
 def test_samples_differ_and_micro_batches_agree(golden_lm):
-    prompts = [PROMPTS[0]] * 8
+    prompts = [PROMPTS[0]] * 3
     whole = golden_lm.generate(prompts, recipe=DUAL, temperature=4.0, key=7, **SHAPE)
-    assert len({tuple(row) for row in whole.tokens}) == 8
+    assert len({tuple(row) for row in whole.tokens}) == 3
     again = golden_lm.generate(prompts, recipe=DUAL, temperature=4.0, key=7, **SHAPE)
     same(whole, again)
     other = golden_lm.generate(prompts, recipe=DUAL, temperature=4.0, key=8, **SHAPE)
     assert (whole.canvas != other.canvas).any()
-    for start in (0, 4):
-        part = golden_lm.generate(prompts[:4], recipe=DUAL, temperature=4.0, key=7,
-                                  row_ids=range(start, start + 4), **SHAPE)
-        np.testing.assert_array_equal(part.canvas, whole.canvas[start:start + 4])
-        np.testing.assert_array_equal(part.commit_step, whole.commit_step[start:start + 4])
+    for row in range(3):
+        part = golden_lm.generate(prompts[:1], recipe=DUAL, temperature=4.0, key=7, row_ids=[row], **SHAPE)
+        np.testing.assert_array_equal(part.canvas[0], whole.canvas[row])
+        np.testing.assert_array_equal(part.commit_step[0], whole.commit_step[row])
 
 
 def test_sweeps_compile_nothing(golden_lm, batch):
@@ -97,8 +97,13 @@ def test_sweeps_compile_nothing(golden_lm, batch):
 
 
 def test_warmup_compiles_ahead(golden_lm):
+<<<<<<< HEAD
     lm = djax.DiffusionLM(djax.load(dtype="float32").config, djax.load(dtype="float32").params)
     assert lm.warmup([(2, 5, 8)], recipe=DUAL, block_length=8) == 2
+=======
+    lm = djax.DiffusionLM(dataclasses.replace(golden_lm.config, mask_id=MASK), golden_lm.params)
+    assert lm.warmup([(2, 5, 8)], recipe=DUAL, block_length=8) == 1
+>>>>>>> suite1
     assert lm.warmup([(2, 7, 8)], recipe=DUAL, block_length=8) == 0  # the same bucket
     lm.generate([[1, 2, 3, 4], [5]], recipe=DUAL, max_new_tokens=8, block_length=8, temperature=0.3, key=5)
     assert lm.compile_count == 2
@@ -152,6 +157,7 @@ def test_hugging_face_streamers(golden_lm):
         golden_lm.stream(PROMPTS, streamer=recorder, **SHAPE)
 
 
+@pytest.mark.slow
 def test_transformers_text_streamer(bundled, capsys):
     from transformers import TextStreamer
 
@@ -168,14 +174,14 @@ def test_transformers_text_streamer(bundled, capsys):
 def test_text_in_text_out(bundled):
     chat = [{"role": "user", "content": "Hello"}]
     ids = bundled.tokenizer.apply_chat(chat)
-    arguments = {"recipe": DUAL, "max_new_tokens": 8, "block_length": 8}
-    by_chat, by_ids = bundled.generate([chat, "Hello"], **arguments), bundled.generate([ids], **arguments)
+    arguments = {"recipe": DUAL, "max_new_tokens": 16, "block_length": 8}
+    by_chat, by_ids = (bundled.generate([first, "Hello"], **arguments) for first in (chat, ids))
     assert by_chat.tokens[0].tolist() == by_ids.tokens[0].tolist()
     assert by_chat.text[0] == by_ids.text[0]
     single = bundled.generate("Hello", **arguments)
     assert single.text == by_chat.text[1:]
     # The vocabulary is padded past the tokenizer: those ids never come out.
-    hot = bundled.generate(["Hello"] * 4, temperature=50.0, **arguments)
+    hot = bundled.generate(["Hello"] * 2, temperature=50.0, **arguments)
     assert hot.canvas[hot.is_open].max() < bundled.tokenizer.size < bundled.config.vocab_size
 
 
@@ -226,11 +232,11 @@ def test_logits_are_padded_on_the_left(golden_lm):
 
 
 def test_guidance_counts_two_forwards(golden_lm):
-    plain = golden_lm.generate([PROMPTS[0]], recipe=recipes.llada(), **SHAPE)
-    guided = golden_lm.generate([PROMPTS[0]], recipe=recipes.llada(), guidance=0.0, **SHAPE)
+    arguments = {"recipe": recipes.llada(), "stop_on_eos": False, **SHAPE}
+    plain, guided = golden_lm.generate(PROMPTS, **arguments), golden_lm.generate(PROMPTS, guidance=0.0, **arguments)
     assert guided.canvas.tolist() == plain.canvas.tolist()  # scale 0 is the conditional model
-    assert guided.nfe[0] == 2 * plain.nfe[0]
-    strong = golden_lm.generate([PROMPTS[0]], recipe=recipes.llada(), guidance=3.0, **SHAPE)
+    assert guided.nfe.tolist() == (2 * plain.nfe).tolist()
+    strong = golden_lm.generate(PROMPTS, guidance=3.0, **arguments)
     assert strong.canvas.tolist() != plain.canvas.tolist()
 
 
@@ -277,6 +283,7 @@ def test_memory_is_estimated_before_compiling(bundled):
     assert large.total == large.parameters + large.cache + large.inputs + large.logits + large.activations
 
 
+@pytest.mark.slow
 def test_memory_estimate_against_the_compiler(bundled):
     """The estimate has to be of the compiler's size: a user plans a batch with it."""
     from djax.calls import CallOptions
@@ -341,6 +348,7 @@ def test_recipes_refuse_what_they_do_not_know():
         recipes.fast_dllm(cache="tripel")
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_tokens_of_one():
     """Weights sharded over a mesh of fake devices: a fresh process, because the count is fixed at start."""
     code = textwrap.dedent("""

@@ -16,6 +16,7 @@ from djax.canvas import Canvas
 from djax.denoise import Parts, Result, StopReason, advance, begin, denoise, finish
 from djax.schedules import Linear
 from tests import oracle, toy
+from tests.select import SelectStrategy
 
 PARAMS = toy.make_params()
 MODEL = toy.NumpyToy(PARAMS)
@@ -44,6 +45,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "transform": oracle.chain(oracle.forbid([toy.MASK]), oracle.credit(), oracle.top_p(0.95)),
          "propose": oracle.sample(0.8), "weight": oracle.SOFT}),
 }
+
+
+SLOW_GREEDY = [pytest.param("greedy", marks=pytest.mark.slow), "everything"]
 
 
 @jax.jit
@@ -137,7 +141,9 @@ def test_toy_is_its_numpy_twin_and_spread() -> None:
 # --- caches ---
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if name != "none"])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in ("prefix", "warmup") else pytest.mark.slow)
+    for name in POLICIES if name != "none"])
 def test_cache_refreshed_at_every_step_is_no_cache(name: str) -> None:
     parts = {"strategy": strategies.Threshold(0.7), "transform": FORBID, "propose": proposals.Sample(0.5)}
     for seed in range(5):
@@ -149,6 +155,7 @@ def test_cache_refreshed_at_every_step_is_no_cache(name: str) -> None:
             assert_same_row(row_of(plain, row), row_of(cached, row), f"{name}, seed {seed}, row {row}")
 
 
+@pytest.mark.slow
 def test_caches_go_stale() -> None:
     """Without refreshes the cached policies do differ from no cache: the test above is not empty."""
     parts = {"strategy": strategies.Threshold(0.7), "transform": FORBID, "propose": proposals.Sample(0.5)}
@@ -194,8 +201,9 @@ def test_ragged_batch_is_the_oracle_row_by_row(setting: str) -> None:
     assert_as_oracle(result, rows, f"{setting}, seed {seed}")
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize(("size", "setting"), [
+    pytest.param(size, setting, marks=() if (size, setting) in ((5, "greedy"), (2, "everything")) else pytest.mark.slow)
+    for size in (1, 2, 5) for setting in SETTINGS])
 def test_row_of_a_ragged_batch_is_the_row_alone(setting: str, size: int) -> None:
     """Batches of 1 to 16: other rows, other padding, the same row."""
     seed, _, _, whole = sixteen(setting)
@@ -207,7 +215,7 @@ def test_row_of_a_ragged_batch_is_the_row_alone(setting: str, size: int) -> None
         assert_same_row(row_of(part, here), row_of(whole, there), f"{setting}, seed {seed}, row {there}")
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", SLOW_GREEDY)
 def test_bucketed_padding_changes_nothing(setting: str) -> None:
     parts, words = SETTINGS[setting]
     seed, canvas, rows = reliable_seed(
@@ -217,7 +225,7 @@ def test_bucketed_padding_changes_nothing(setting: str) -> None:
     assert_as_oracle(run(PARAMS, canvas, jax.random.key(seed), parts), rows, f"{setting}, seed {seed}")
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", SLOW_GREEDY)
 def test_aligned_blocks(setting: str) -> None:
     """Block boundaries on multiples of the block length: block 0 begins inside the prompt."""
     parts, words = SETTINGS[setting]
@@ -303,12 +311,18 @@ def scripted(params: Any, canvas: Canvas, parts: dict[str, Any]) -> Result:
     return denoise(toy.ScriptedDenoiser(), params, canvas, jax.random.key(0), **parts)
 
 
-@pytest.mark.parametrize("strategy", [
-    strategies.Threshold(0.9), strategies.Quota(2), strategies.Factor(1.0), strategies.Hierarchical(0.9, 0.5),
-    strategies.Remasking(strategies.Threshold(0.9), 0.5), strategies.RandomOrder(strategies.Quota(3)),
-], ids=["threshold", "quota", "factor", "hierarchical", "remasking", "random"])
-def test_rows_that_only_propose_a_refused_token_end(strategy: Any) -> None:
+EVERY_STRATEGY = {
+    "threshold": strategies.Threshold(0.9), "quota": strategies.Quota(2), "factor": strategies.Factor(1.0),
+    "hierarchical": strategies.Hierarchical(0.9, 0.5),
+    "remasking": strategies.Remasking(strategies.Threshold(0.9), 0.5),
+    "random": strategies.RandomOrder(strategies.Quota(3))}
+
+
+@pytest.mark.parametrize("name", EVERY_STRATEGY)
+def test_rows_that_only_propose_a_refused_token_end(name: str) -> None:
     """Row 0 gets stuck in block 1 of 3, row 1 does not and goes on."""
+    parts = tuple(EVERY_STRATEGY.values())
+    strategy = SelectStrategy(index=jnp.int32(list(EVERY_STRATEGY).index(name)), parts=parts)
     said = [[0, 1, 2, 3, 4, toy.MASK, 6, toy.MASK, 8, 9, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]]
     canvas = canvas_of([[0], [0]], 12, 4)
     result = scripted(toy.script(said), canvas, {
@@ -321,13 +335,13 @@ def test_rows_that_only_propose_a_refused_token_end(strategy: Any) -> None:
     assert int(result.steps[1]) == last_block.max() + 1
     # Stuck rows spent the whole bound of one block and not a step more.
     first_block = int(np.asarray(result.commit_step)[0, 1:5].max()) + 1
-    assert int(result.steps[0]) == first_block + strategy.max_steps(4)
+    assert int(result.steps[0]) == first_block + EVERY_STRATEGY[name].max_steps(4)
 
 
 # --- NaN ---
 
 
-@pytest.mark.parametrize("policy", ["none", "dual"])
+@pytest.mark.parametrize("policy", [pytest.param("none", marks=pytest.mark.slow), "dual"])
 def test_nan_in_one_row_ends_that_row_only(policy: str) -> None:
     """The row that generates a poisoned token turns NaN in the step after; the others do not change by a bit."""
     parts = {"strategy": strategies.Threshold(0.6), "transform": FORBID, "cache_policy": POLICIES[policy][0]}
@@ -415,7 +429,7 @@ def test_pinned_eos_stops_nothing() -> None:
     assert result.lengths.tolist() == [5]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", SLOW_GREEDY)
 def test_eos_against_the_oracle(setting: str) -> None:
     parts, words = SETTINGS[setting]
     words = words | {"eos_ids": [toy.EOS, 11]}
@@ -507,12 +521,13 @@ def test_pieces_are_the_whole() -> None:
     assert piece._cache_size() == 1
 
 
-def test_head_in_chunks_is_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [
+    pytest.param(4, marks=pytest.mark.slow), 7, pytest.param(10, marks=pytest.mark.slow)])
+def test_head_in_chunks_is_the_head(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Smoothing reads long windows' logits in chunks; the last chunk overlaps the one before."""
     parts, words = SETTINGS["everything"]
     seed, canvas, rows = reliable_seed(lambda seed: canvas_of(prompts_of([3, 5], seed)), words)
-    for chunk in (4, 7, 10):
-        # The package's attribute of that name is the function.
-        monkeypatch.setattr(importlib.import_module("djax.step"), "HEAD_CHUNK", chunk)
-        fresh = jax.jit(lambda *given: denoise(toy.ToyDenoiser(), PARAMS, *given, **parts))
-        assert_as_oracle(fresh(canvas, jax.random.key(seed)), rows, f"chunk {chunk}, seed {seed}")
+    # The package's attribute of that name is the function.
+    monkeypatch.setattr(importlib.import_module("djax.step"), "HEAD_CHUNK", chunk)
+    fresh = jax.jit(lambda *given: denoise(toy.ToyDenoiser(), PARAMS, *given, **parts))
+    assert_as_oracle(fresh(canvas, jax.random.key(seed)), rows, f"chunk {chunk}, seed {seed}")
