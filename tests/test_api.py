@@ -97,13 +97,8 @@ def test_sweeps_compile_nothing(golden_lm, batch):
 
 
 def test_warmup_compiles_ahead(golden_lm):
-<<<<<<< HEAD
-    lm = djax.DiffusionLM(djax.load(dtype="float32").config, djax.load(dtype="float32").params)
-    assert lm.warmup([(2, 5, 8)], recipe=DUAL, block_length=8) == 2
-=======
     lm = djax.DiffusionLM(dataclasses.replace(golden_lm.config, mask_id=MASK), golden_lm.params)
-    assert lm.warmup([(2, 5, 8)], recipe=DUAL, block_length=8) == 1
->>>>>>> suite1
+    assert lm.warmup([(2, 5, 8)], recipe=DUAL, block_length=8) == 2
     assert lm.warmup([(2, 7, 8)], recipe=DUAL, block_length=8) == 0  # the same bucket
     lm.generate([[1, 2, 3, 4], [5]], recipe=DUAL, max_new_tokens=8, block_length=8, temperature=0.3, key=5)
     assert lm.compile_count == 2
