@@ -164,6 +164,12 @@ def assert_equal(left: Any, right: Any, message: str, *, exact: bool = True) -> 
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=message)
 
 
+@jax.jit
+def step(part: Any, *given: Any) -> Any:
+    """One program a part and its shapes; eager calls would compile each operation alone."""
+    return part.step(*given)
+
+
 # --- what all parts share ---
 
 
@@ -231,10 +237,10 @@ def _is_key(x: Any) -> bool:
 @table(TRANSFORMS)
 def test_transform_keeps_shape_and_float32(part: Any) -> None:
     logits = make_logits(4)
-    out, state = part.step(logits, make_mask(4), part.init(BATCH, LENGTH))
+    out, state = step(part, logits, make_mask(4), part.init(BATCH, LENGTH))
     assert out.shape == logits.shape
     assert out.dtype == jnp.float32
-    again, next_state = part.step(out, make_mask(5), state)
+    again, next_state = step(part, out, make_mask(5), state)
     assert again.dtype == jnp.float32
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), next_state)
 
@@ -243,7 +249,7 @@ def test_transform_keeps_shape_and_float32(part: Any) -> None:
 def test_transform_only_drops_tokens(part: Any) -> None:
     for seed in range(5):
         logits = make_logits(seed)
-        out, _ = part.step(logits, make_mask(seed), part.init(BATCH, LENGTH))
+        out, _ = step(part, logits, make_mask(seed), part.init(BATCH, LENGTH))
         kept = np.asarray(out) == np.asarray(logits)
         assert (kept | np.isneginf(out)).all(), f"seed {seed}"
         assert kept.any(-1).all(), f"seed {seed}: a position lost every token"
@@ -253,7 +259,7 @@ def test_transform_only_drops_tokens(part: Any) -> None:
 def test_transform_keeps_the_best_token(part: Any) -> None:
     for seed in range(5):
         logits = make_logits(seed)
-        out, _ = part.step(logits, make_mask(seed), part.init(BATCH, LENGTH))
+        out, _ = step(part, logits, make_mask(seed), part.init(BATCH, LENGTH))
         np.testing.assert_array_equal(out.argmax(-1), logits.argmax(-1), f"seed {seed}")
 
 
@@ -263,15 +269,15 @@ def test_transform_survives_forbidden_tokens(part: Any) -> None:
     logits = make_logits(6).at[:, :, 7:].set(-jnp.inf)
     state = part.init(BATCH, LENGTH)
     for _ in range(3):
-        out, state = part.step(logits, make_mask(6), state)
+        out, state = step(part, logits, make_mask(6), state)
         assert np.isneginf(np.asarray(out)[:, :, 7:]).all()
         assert not np.isnan(out).any()
 
 
 def test_credit_only_raises_and_remembers() -> None:
     part, logits, mask = transforms.Credit(), make_logits(7), make_mask(7)
-    first, state = part.step(logits, mask, part.init(BATCH, LENGTH))
-    second, _ = part.step(logits, mask, state)
+    first, state = step(part, logits, mask, part.init(BATCH, LENGTH))
+    second, _ = step(part, logits, mask, state)
     best = logits.argmax(-1)[..., None]
     gains = [np.take_along_axis(np.asarray(out - logits), best, -1)[..., 0] for out in (first, second)]
     assert (np.asarray(first - logits) >= 0).all()
@@ -285,7 +291,7 @@ def test_credit_equals_dense_credit_over_a_block() -> None:
     state, mass = part.init(BATCH, LENGTH), np.zeros((BATCH, LENGTH, VOCAB))
     for seed in range(LENGTH):
         logits, mask = make_logits(100 + seed), make_mask(seed)
-        out, state = part.step(logits, mask, state)
+        out, state = step(part, logits, mask, state)
         dense = np.asarray(logits, np.float64)
         probability = np.exp(dense) / np.exp(dense).sum(-1, keepdims=True)
         mass *= 0.7
@@ -302,7 +308,7 @@ def test_credit_equals_dense_credit_over_a_block() -> None:
 def test_proposal_reports_probabilities_of_what_it_proposes(part: Any) -> None:
     logits = make_logits(8).at[0, 0, 3].set(-jnp.inf)
     tokens = jnp.full((BATCH, LENGTH), 3, jnp.int32)
-    out = part.step(keys(8), logits, tokens)
+    out = step(part, keys(8), logits, tokens)
     assert (out.token.dtype, out.confidence.dtype, out.log_prob.dtype, out.current.dtype) == (
         jnp.int32, jnp.float32, jnp.float32, jnp.float32)
     assert all(leaf.shape == (BATCH, LENGTH) for leaf in jax.tree.leaves(out))
@@ -330,8 +336,8 @@ def test_refused_positions_are_those_that_propose_the_token() -> None:
 def test_strategy_commits_at_least_one_masked_position_per_row(part: Any) -> None:
     for seed in range(20):
         mask = make_mask(seed)
-        decision, _ = part.step(
-            keys(seed), make_candidates(seed), mask, make_info(seed), part.init(BATCH, LENGTH))
+        decision, _ = step(
+            part, keys(seed), make_candidates(seed), mask, make_info(seed), part.init(BATCH, LENGTH))
         assert decision.commit.dtype == decision.reopen.dtype == jnp.bool_
         commit, reopen, masked = (np.asarray(x) for x in (decision.commit, decision.reopen, mask))
         assert commit.any(-1).all(), f"seed {seed}: a row with masked positions got nothing"
@@ -346,7 +352,7 @@ def test_strategy_commits_at_least_one_masked_position_per_row(part: Any) -> Non
 @table(STRATEGIES)
 def test_strategy_commits_nothing_in_a_finished_row(part: Any) -> None:
     mask = make_mask(1).at[1].set(False)
-    decision, _ = part.step(keys(1), make_candidates(1), mask, make_info(1), part.init(BATCH, LENGTH))
+    decision, _ = step(part, keys(1), make_candidates(1), mask, make_info(1), part.init(BATCH, LENGTH))
     assert not decision.commit[1].any()
     assert not decision.reopen[1].any()
 
@@ -358,7 +364,7 @@ def test_strategy_never_commits_where_there_is_no_proposal(part: Any) -> None:
         none = np.random.default_rng(seed).random((BATCH, LENGTH)) < 0.5
         none[0] = True  # The whole row: nothing can be committed at all.
         confidence = jnp.where(none, -jnp.inf, candidates.confidence)
-        decision, _ = part.step(keys(seed), candidates.replace(confidence=confidence), make_mask(seed),
+        decision, _ = step(part, keys(seed), candidates.replace(confidence=confidence), make_mask(seed),
                                 make_info(seed), part.init(BATCH, LENGTH))
         assert not (np.asarray(decision.commit) & none).any(), f"seed {seed}"
         assert not decision.reopen[0].any(), f"seed {seed}: reopened without committing"
@@ -386,7 +392,7 @@ def test_strategy_breaks_ties_by_position(part: Any) -> None:
     candidates = make_candidates(0).replace(
         confidence=jnp.full((BATCH, LENGTH), 0.3), current=jnp.full((BATCH, LENGTH), 0.9))
     mask = jnp.ones((BATCH, LENGTH), bool)
-    decision, _ = part.step(keys(0), candidates, mask, make_info(0), part.init(BATCH, LENGTH))
+    decision, _ = step(part, keys(0), candidates, mask, make_info(0), part.init(BATCH, LENGTH))
     commit = np.asarray(decision.commit)
     assert commit[:, 0].all()
     assert (commit[:, 1:] <= commit[:, :-1]).all()
@@ -402,7 +408,7 @@ def test_strategy_reopens_no_pinned_position(part: Any) -> None:
         candidates = make_candidates(seed)
         # Pinned tokens are the least likely ones: the first choice of a strategy that does not look.
         candidates = candidates.replace(current=jnp.where(pinned, 0.0, candidates.current))
-        decision, _ = part.step(keys(seed), candidates, mask, make_info(seed, is_open=jnp.asarray(~pinned)),
+        decision, _ = step(part, keys(seed), candidates, mask, make_info(seed, is_open=jnp.asarray(~pinned)),
                                 part.init(BATCH, LENGTH))
         assert not (np.asarray(decision.reopen) & pinned).any(), f"seed {seed}"
         reopened += int(decision.reopen.sum())
@@ -418,7 +424,7 @@ def test_remasking_reopens_the_least_likely_first() -> None:
                             current=current)
     info = StepInfo(step=jnp.array([3]), step_in_block=jnp.int32(3), block=jnp.int32(0), block_start=jnp.int32(0),
                     is_open=jnp.ones((1, 8), bool))
-    decision, _ = part.step(keys(0)[:1], candidates, mask, info, part.init(1, 8))
+    decision, _ = step(part, keys(0)[:1], candidates, mask, info, part.init(1, 8))
     assert np.nonzero(decision.commit[0])[0].tolist() == [0, 1, 2]
     assert np.nonzero(decision.reopen[0])[0].tolist() == [4, 5]
 
@@ -434,7 +440,7 @@ def test_quota_spreads_the_open_positions_over_the_steps(steps: int, num_open: i
     while masked.any():
         info = make_info(0, step_in_block=jnp.int32(len(counts)),
                          is_open=jnp.broadcast_to(jnp.asarray(is_open), (BATCH, LENGTH)))
-        decision, _ = part.step(keys(0), make_candidates(len(counts)), jnp.asarray(masked), info, ())
+        decision, _ = step(part, keys(0), make_candidates(len(counts)), jnp.asarray(masked), info, ())
         counts.append(int(decision.commit[0].sum()))
         masked = masked & ~np.asarray(decision.commit)
     assert counts == expected
@@ -447,7 +453,7 @@ def test_bounds_are_as_documented() -> None:
     mask = jnp.ones((BATCH, LENGTH), bool).at[:, 2].set(False)
 
     def committed(part: Any) -> list[int]:
-        decision: Decision = part.step(keys(0), candidates, mask, make_info(0), ())[0]
+        decision: Decision = step(part, keys(0), candidates, mask, make_info(0), ())[0]
         return np.nonzero(np.asarray(decision.commit)[0])[0].tolist()
 
     assert committed(strategies.Threshold(0.5)) == [0, 3, 4, 7]
@@ -526,7 +532,7 @@ def test_vicinity_refuses_negative_widths(policy: Any) -> None:
 @table(SMOOTHINGS)
 def test_smoothing_leaves_closed_positions_alone(part: Any) -> None:
     embedded, expected, mask = make_logits(10), make_logits(11), make_mask(10)
-    out = part.step(embedded, expected, mask, make_info(10))
+    out = step(part, embedded, expected, mask, make_info(10))
     assert out.dtype == embedded.dtype
     np.testing.assert_array_equal(np.asarray(out)[~np.asarray(mask)], np.asarray(embedded)[~np.asarray(mask)])
     moved = (np.asarray(out) != np.asarray(embedded)).any(-1)
@@ -552,7 +558,7 @@ def test_on_eos_counts_generated_tokens_only() -> None:
     is_open = jnp.array([[False, True, True]] * 5)
     is_masked = jnp.array([[False] * 3, [False] * 3, [False] * 3, [False, True, True], [False] * 3])
     info = make_info(0)
-    assert part.step(tokens, is_open, is_masked, info).tolist() == [False, True, True, False, False]
+    assert step(part, tokens, is_open, is_masked, info).tolist() == [False, True, True, False, False]
     assert int(part.fill()) == 2
     assert not stopping.Never().step(tokens, is_open, is_masked, info).any()
     assert stopping.Never().fill() is None
