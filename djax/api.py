@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int, Key
 
 from djax import recipes
 from djax.ambient import without_mesh
-from djax.calls import CallOptions, make_parts, resolve_ids
+from djax.calls import CallOptions, check_lengths, make_parts, resolve_ids
 from djax.canvas import Canvas
 from djax.config import ModelConfig
 from djax.distributed import with_peers
+from djax.errors import ArgumentError
 from djax.generation import Generation, Streamer, StreamReader, StreamStep, Watch, feed
 from djax.keys import as_key
 from djax.memory import MemoryEstimate, estimate_memory
@@ -356,6 +357,9 @@ class DiffusionLM:
         """
         rows = self._rows(prompts, {"call": "logits"}, allow_special_tokens=allow_special_tokens)
         length = max(max(len(row) for row in rows), 1)
+        if length > self.config.max_positions:
+            raise ArgumentError("prompts", f"one of {length} tokens", allowed=f"{self.config.max_positions} at most",
+                                advice="shorten it")
         tokens = np.full((len(rows), length), self.config.pad_id, np.int32)
         valid, positions = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.int32)
         for index, row in enumerate(rows):
@@ -432,15 +436,12 @@ class DiffusionLM:
             "row_ids": row_ids}, allow_special_tokens=allow_special_tokens)
         mask_id, eos_ids = resolve_ids(options, self.config)
         recipes.check_blocks(options.recipe, self.config, block_length=options.block_length)
+        check_lengths(self.config, longest_prompt=max(map(len, rows)), max_new_tokens=max_new_tokens,
+                      block_length=options.block_length)
         canvas = Canvas.from_prompts(
             rows, max_new_tokens=max_new_tokens, block_length=options.block_length, mask_id=mask_id,
             pad_id=self.config.pad_id, align=align or self.config.block_length is not None,
             whole_blocks=self.config.block_length is not None)
-        longest = max(len(row) for row in rows) + max_new_tokens
-        if longest > self.config.max_positions:
-            raise ValueError(
-                f"max_new_tokens: got {max_new_tokens} after a prompt of {longest - max_new_tokens} tokens; allowed "
-                f"{self.config.max_positions} positions in all; shorten the prompt or generate less")
         return canvas, make_parts(options, mask_id=mask_id, eos_ids=eos_ids, vocab_limit=self.vocab_limit), eos_ids
 
     def _stream(

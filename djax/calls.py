@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from djax.config import ModelConfig
-from djax.errors import ArgumentError, check_number
+from djax.errors import ArgumentError, check_integer, check_number
 from djax.proposals import Greedy, RefuseToken, Sample
 from djax.state import Parts
 from djax.stopping import AnyOf, Never, OnEos
@@ -42,13 +41,17 @@ class CallOptions:
         if not isinstance(self.recipe, Parts):
             raise ArgumentError("recipe", f"a {type(self.recipe).__name__}", allowed="djax.Parts",
                                 advice="such as djax.recipes.dinfer()")
-        _in_range("block_length", self.block_length, 1, math.inf)
+        check_integer("block_length", self.block_length, 1)
         # above, noise times temperature could overflow; below float32's smallest normal number, 0 is meant
         check_number("temperature", self.temperature, 0.0, 1e30)
-        _in_range("top_k", self.top_k, 1, math.inf)
-        _in_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _in_range("min_p", self.min_p, 0.0, 1.0)
-        _in_range("guidance", self.guidance, -1.0, math.inf)
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, 0.0, 1.0, above=True)
+        if self.min_p is not None:
+            check_number("min_p", self.min_p, 0.0, 1.0)
+        if self.guidance is not None:
+            check_number("guidance", self.guidance, -1.0)
 
 
 def resolve_ids(options: CallOptions, config: ModelConfig) -> tuple[int, tuple[int, ...]]:
@@ -61,13 +64,30 @@ def resolve_ids(options: CallOptions, config: ModelConfig) -> tuple[int, tuple[i
     if mask_id is None:
         raise ValueError("mask_id: neither the checkpoint nor its tokenizer gives one; pass mask_id=")
     given = (config.eos_id, *config.other_eos_ids) if options.eos_id is None else options.eos_id
-    eos_ids = (given,) if isinstance(given, int | np.integer) else tuple(given)
+    eos_ids = tuple(np.atleast_1d(jax.device_get(given)).tolist())
     if not eos_ids:
         raise ValueError("eos_id: got an empty list; give at least one id, or stop_on_eos=False")
     for name, token in [("mask_id", mask_id), *(("eos_id", token) for token in eos_ids)]:
         if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < config.vocab_size:
             raise ValueError(f"{name}: got {token!r}; allowed 0 to {config.vocab_size - 1}, the model's vocabulary")
+    if mask_id in eos_ids:
+        raise ArgumentError("eos_id", f"{mask_id}, which is the mask id", allowed="other ids",
+                            advice="a mask cannot end a sequence")
     return int(mask_id), tuple(int(token) for token in eos_ids)
+
+
+def check_lengths(config: ModelConfig, *, longest_prompt: int, max_new_tokens: int, block_length: int) -> None:
+    """Check a call's lengths before anything of their size is made.
+
+    Raises:
+        ArgumentError: no whole numbers, or more positions than the model has.
+    """
+    check_integer("max_new_tokens", max_new_tokens, 1)
+    check_integer("block_length", block_length, 1, config.max_positions, advice="blocks need not be longer")
+    if longest_prompt + max_new_tokens > config.max_positions:
+        raise ArgumentError(
+            "max_new_tokens", f"{max_new_tokens} after a prompt of {longest_prompt} tokens",
+            allowed=f"{config.max_positions} positions in all", advice="shorten the prompt or generate less")
 
 
 def make_parts(
@@ -117,13 +137,3 @@ def _as_array(leaf: Any) -> Any:
     if isinstance(leaf, bool | int | np.integer):
         return np.int32(leaf)
     return np.float32(leaf) if isinstance(leaf, float | np.floating) else leaf
-
-
-def _in_range(name: str, value: float | None, low: float, high: float, *, low_open: bool = False) -> None:
-    if value is None:
-        return
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not number or not (low < value if low_open else low <= value) or not value <= high or math.isinf(value):
-        span = f"above {low:g}" if low_open else f"at least {low:g}"
-        limit = "" if math.isinf(high) else f" and at most {high:g}"
-        raise ValueError(f"{name}: got {value!r}; allowed a number {span}{limit}")

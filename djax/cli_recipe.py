@@ -68,6 +68,8 @@ def build_recipe(flags: RecipeFlags) -> Recipe:
     _check_numbers(flags)
     base = _read(_choice("recipe", flags.recipe, RECIPES))
     strategy = base.strategy if flags.strategy is None else _choice("strategy", flags.strategy, STRATEGIES)
+    if flags.strategy is None and flags.factor is not None and "factor" in _defaults(RECIPES[_plain(flags.recipe)]):
+        strategy = "factor"  # the recipe's own other rule
     cache = base.cache if flags.cache is None else _choice("cache", flags.cache, CACHES)
     credit = base.credit if flags.credit is None else flags.credit
     _check_use(flags, strategy=strategy, cache=cache, credit=credit)
@@ -111,8 +113,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _plain(value: str) -> str:
+    return value.strip().lower().replace("-", "_")
+
+
 def _choice(name: str, value: str, allowed: Any) -> str:
-    plain = value.strip().lower().replace("-", "_")
+    plain = _plain(value)
     if plain not in allowed:
         raise WrongInput(flag(name), shown(value), allowed=", ".join(allowed), do="pick one of them")
     return plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -28,6 +29,7 @@ def encode_prompts(
         ValueError: an empty batch, an id outside the vocabulary, something that is no prompt, or text
             for a model without a tokenizer.
     """
+    prompts = jax.device_get(prompts) if isinstance(prompts, jax.Array) else prompts
     batch = [prompts] if _is_single(prompts) else list(prompts)
     if not batch:
         raise ValueError("prompts: got an empty list; give at least one prompt")
@@ -81,7 +83,7 @@ def check_ids(ids: Any, *, name: str, vocab_size: int) -> list[int]:
     Raises:
         ValueError: an entry is not an integer in [0, vocab_size).
     """
-    array = np.asarray(ids)
+    array = np.asarray(jax.device_get(ids))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"{name}: got {_short(ids)}; allowed a flat list of token ids, integers in [0, {vocab_size})")
     if array.size and (array.min() < 0 or array.max() >= vocab_size):

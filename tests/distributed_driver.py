@@ -156,7 +156,7 @@ def reading(process: int, directory: Path) -> dict[str, Any]:
 
 
 def bytes_by_tensorstore() -> int:
-    """Bytes that this process has read so far of arrays saved by Orbax: its own count, not the system's of all files."""
+    """Bytes of arrays saved by Orbax that this process has read so far, by the count of TensorStore itself."""
     import tensorstore
 
     found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")

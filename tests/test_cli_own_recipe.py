@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from djax.cli import app
 from djax.cli_cache import use_compile_cache
 from djax.cli_options import RecipeFlags
 from djax.cli_output import print_json
-from djax.cli_recipe import build_recipe
+from djax.cli_recipe import RECIPES, build_recipe
 from djax.generation import Generation
 from djax.train.config import describe_fields
 
@@ -94,3 +95,23 @@ def test_every_field_of_a_training_run_is_explained() -> None:
     assert "training.steps (an integer, required): Updates of the whole run." in lines
     assert "mesh.data (1): Devices over which a batch's rows are split." in lines
     assert len(lines) > 30
+
+
+FLAGS = {"steps_per_block": "steps", "alpha": "credit_alpha", "beta": "credit_beta", "gamma": "credit_gamma"}
+"""Flags of parameters whose names say too little on a command line."""
+VALUES = {"steps_per_block": 4, "factor": 1.5, "before": 3, "after": 5, "warmup": 2, "smoothing": 0.2,
+          "cache": "prefix"}
+
+
+def test_every_number_of_a_recipe_is_a_flag() -> None:
+    """With that recipe and nothing else, and it gives what the function gives."""
+    tried = 0
+    for name, make in RECIPES.items():
+        for parameter, given in inspect.signature(make).parameters.items():
+            if isinstance(given.default, bool):
+                continue  # --cache none
+            value = VALUES.get(parameter, 0.7)
+            flags = RecipeFlags(recipe=name, **{FLAGS.get(parameter, parameter): value})
+            assert build_recipe(flags) == make(**{parameter: value}), (name, parameter)
+            tried += 1
+    assert tried > 15

@@ -15,8 +15,9 @@ from jaxtyping import Array, Int, Key
 
 from djax import recipes
 from djax.ambient import on_device, without_mesh
-from djax.calls import CallOptions, make_parts, resolve_ids
+from djax.calls import CallOptions, check_lengths, make_parts, resolve_ids
 from djax.canvas import Canvas
+from djax.errors import check_integer
 from djax.generation import Generation
 from djax.prompts import Prompt, check_ids, encode_prompts
 from djax.proposals import Greedy, RefuseToken, Sample
@@ -85,7 +86,7 @@ def rollout(
     Raises:
         ValueError: names the argument, what came and what is allowed.
     """
-    _at_least_one("num_samples", num_samples)
+    check_integer("num_samples", num_samples, 1, 2**20)
     block_length = (lm.config.block_length or 64) if block_length is None else block_length
     options = CallOptions(
         recipe=EXACT if recipe is None else recipe, block_length=block_length, temperature=temperature, top_k=top_k,
@@ -95,7 +96,8 @@ def rollout(
     mask_token, eos_ids = resolve_ids(options, lm.config)
     rows = encode_prompts(prompts, tokenizer=lm.tokenizer, vocab_size=lm.config.vocab_size,
                           allow_special_tokens=allow_special_tokens)
-    _check_positions(lm, [len(row) + max_new_tokens for row in rows], "max_new_tokens", max_new_tokens)
+    check_lengths(lm.config, longest_prompt=max(map(len, rows)), max_new_tokens=max_new_tokens,
+                  block_length=block_length)
     canvas = Canvas.from_prompts(
         _repeat(rows, num_samples), max_new_tokens=max_new_tokens, block_length=block_length, mask_id=mask_token,
         pad_id=lm.config.pad_id, align=align or lm.config.block_length is not None,
@@ -142,7 +144,7 @@ def rollout_infill(
     Raises:
         ValueError: names the argument, what came and what is allowed.
     """
-    _at_least_one("num_samples", num_samples)
+    check_integer("num_samples", num_samples, 1, 2**20)
     block_length = (lm.config.block_length or 64) if block_length is None else block_length
     options = CallOptions(
         recipe=EXACT if recipe is None else recipe, block_length=block_length, temperature=temperature, top_k=top_k,
@@ -247,7 +249,7 @@ def _sample(
         raise ValueError(f"row_ids: got {ids.size} ids; allowed one for each of the {canvas.batch} rows "
                          "(prompts times num_samples)")
     if micro_batch is not None:
-        _at_least_one("micro_batch", micro_batch)
+        check_integer("micro_batch", micro_batch, 1)
     size = canvas.batch if micro_batch is None else min(micro_batch, canvas.batch)
     rollouts = []
     for start in range(0, canvas.batch, size):
@@ -346,8 +348,3 @@ def _check_positions(lm: DiffusionLM, lengths: Sequence[int], name: str, value: 
 
 def _repeat(rows: Sequence[Any], times: int) -> list[Any]:
     return [row for row in rows for _ in range(times)]
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: got {value}; it must be at least 1")
