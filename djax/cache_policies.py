@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from djax import struct
+from djax.errors import check_integer
 from djax.types import CachePolicy, Plan, StepInfo
 
 
@@ -79,6 +80,10 @@ class Vicinity:
     before: int = struct.field(pytree_node=False, default=16)
     after: int = struct.field(pytree_node=False, default=16)
 
+    def __post_init__(self) -> None:
+        check_integer("before", self.before)
+        check_integer("after", self.after)
+
     @property
     def exact(self) -> bool:
         """False: all but the window is as old as the block's first step."""
@@ -133,6 +138,9 @@ class Periodic:
     policy: CachePolicy
     every: int | Int[Array, ""]
 
+    def __post_init__(self) -> None:
+        check_integer("every", self.every, 1)
+
     @property
     def exact(self) -> bool:
         """False: `every` is a leaf, not known when a program is built."""
@@ -158,6 +166,9 @@ class WithWarmup:
 
     policy: CachePolicy
     steps: int | Int[Array, ""]
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps)
 
     @property
     def exact(self) -> bool:

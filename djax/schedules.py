@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from djax import struct
+from djax.errors import check_number
 
 
 @struct.dataclass
@@ -13,6 +17,9 @@ class Constant:
     """The same value at every step."""
 
     value: float | Float[Array, ""]
+
+    def __post_init__(self) -> None:
+        check_number("value", self.value)
 
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step` (a row's denoising steps so far, from 0), float32."""
@@ -32,6 +39,12 @@ class Linear:
     minimum: float | Float[Array, ""] = -jnp.inf
     maximum: float | Float[Array, ""] = jnp.inf
 
+    def __post_init__(self) -> None:
+        check_number("start", self.start)
+        check_number("slope", self.slope)
+        check_limit("minimum", self.minimum)
+        check_limit("maximum", self.maximum)
+
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step`, float32."""
         value = jnp.asarray(self.start, jnp.float32) + jnp.asarray(self.slope, jnp.float32) * step.astype(jnp.float32)
@@ -46,6 +59,11 @@ class Cosine:
     end: float | Float[Array, ""]
     steps: float | Float[Array, ""]
 
+    def __post_init__(self) -> None:
+        check_number("start", self.start)
+        check_number("end", self.end)
+        check_number("steps", self.steps, 0.0, above=True)
+
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step`, float32."""
         progress = jnp.clip(step.astype(jnp.float32) / jnp.asarray(self.steps, jnp.float32), 0.0, 1.0)
@@ -54,6 +72,26 @@ class Cosine:
 
 
 Schedule = Constant | Linear | Cosine
+
+
+def check_value(name: str, value: Any, low: float = 0.0, high: float = 1.0) -> None:
+    """Check a number that may also be a schedule, whose own numbers it has checked itself.
+
+    Raises:
+        ArgumentError: neither, or a number outside [low, high].
+    """
+    if not isinstance(value, Constant | Linear | Cosine):
+        check_number(name, value, low, high)
+
+
+def check_limit(name: str, value: Any) -> None:
+    """Check a bound, which infinity leaves open.
+
+    Raises:
+        ArgumentError: no number.
+    """
+    if not (isinstance(value, float) and math.isinf(value)):
+        check_number(name, value)
 
 
 def as_schedule(value: float | Float[Array, ""] | Schedule) -> Schedule:

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from djax import struct
-from djax.schedules import Schedule, as_schedule
+from djax.errors import check_number
+from djax.schedules import Schedule, as_schedule, check_value
 from djax.strategies.selection import best, masked_confidence
 from djax.types import Candidates, Decision, PartState, StepInfo
 
@@ -22,6 +23,10 @@ class Hierarchical:
 
     high: float | Float[Array, ""] | Schedule
     low: float | Float[Array, ""]
+
+    def __post_init__(self) -> None:
+        check_value("high", self.high)
+        check_number("low", self.low, 0.0, 1.0)
 
     @property
     def reopens(self) -> bool:

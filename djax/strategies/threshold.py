@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from djax import struct
-from djax.schedules import Schedule, as_schedule
+from djax.schedules import Schedule, as_schedule, check_value
 from djax.strategies.selection import masked_confidence
 from djax.types import Candidates, Decision, PartState, StepInfo
 
@@ -19,6 +19,9 @@ class Threshold:
     """
 
     threshold: float | Float[Array, ""] | Schedule
+
+    def __post_init__(self) -> None:
+        check_value("threshold", self.threshold)
 
     @property
     def reopens(self) -> bool:
