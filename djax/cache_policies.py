@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from djax import struct
+from djax.errors import check_integer
 from djax.types import CachePolicy, Plan, StepInfo
 
 
@@ -79,20 +80,18 @@ class Vicinity:
     before: int = struct.field(pytree_node=False, default=16)
     after: int = struct.field(pytree_node=False, default=16)
 
+    def __post_init__(self) -> None:
+        check_integer("before", self.before)
+        check_integer("after", self.after)
+
+
     @property
     def exact(self) -> bool:
         """False: all but the window is as old as the block's first step."""
         return False
 
     def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
-        """before + L + after, at most the canvas.
-
-        Raises:
-            ValueError: a negative width.
-        """
-        for name, width in (("before", self.before), ("after", self.after)):
-            if width < 0:
-                raise ValueError(f"{name}: got {width}; it must be at least 0")
+        """before + L + after, at most the canvas."""
         return min(self.before + block_length + self.after, canvas_length)
 
     def plan(self, info: StepInfo, canvas_length: int, block_length: int) -> Plan:
@@ -133,6 +132,10 @@ class Periodic:
     policy: CachePolicy
     every: int | Int[Array, ""]
 
+    def __post_init__(self) -> None:
+        check_integer("every", self.every, 1)
+
+
     @property
     def exact(self) -> bool:
         """False: `every` is a leaf, not known when a program is built."""
@@ -158,6 +161,10 @@ class WithWarmup:
 
     policy: CachePolicy
     steps: int | Int[Array, ""]
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps)
+
 
     @property
     def exact(self) -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from djax.config import ModelConfig
-from djax.errors import ArgumentError, check_number
+from djax.errors import ArgumentError, check_integer, check_number, shown
 from djax.proposals import Greedy, RefuseToken, Sample
 from djax.state import Parts
 from djax.stopping import AnyOf, Never, OnEos
@@ -42,13 +41,19 @@ class CallOptions:
         if not isinstance(self.recipe, Parts):
             raise ArgumentError("recipe", f"a {type(self.recipe).__name__}", allowed="djax.Parts",
                                 advice="such as djax.recipes.dinfer()")
-        _in_range("block_length", self.block_length, 1, math.inf)
+        for name in ("block_length", "temperature", "top_k", "top_p", "min_p", "guidance"):
+            object.__setattr__(self, name, _scalar(name, getattr(self, name)))
+        check_integer("block_length", self.block_length, 1)
         # above, noise times temperature could overflow; below float32's smallest normal number, 0 is meant
         check_number("temperature", self.temperature, 0.0, 1e30)
-        _in_range("top_k", self.top_k, 1, math.inf)
-        _in_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _in_range("min_p", self.min_p, 0.0, 1.0)
-        _in_range("guidance", self.guidance, -1.0, math.inf)
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, 0.0, 1.0, above=True)
+        if self.min_p is not None:
+            check_number("min_p", self.min_p, 0.0, 1.0)
+        if self.guidance is not None:
+            check_number("guidance", self.guidance, -1.0)
 
 
 def resolve_ids(options: CallOptions, config: ModelConfig) -> tuple[int, tuple[int, ...]]:
@@ -60,13 +65,20 @@ def resolve_ids(options: CallOptions, config: ModelConfig) -> tuple[int, tuple[i
     mask_id = config.mask_id if options.mask_id is None else options.mask_id
     if mask_id is None:
         raise ValueError("mask_id: neither the checkpoint nor its tokenizer gives one; pass mask_id=")
-    given = (config.eos_id, *config.other_eos_ids) if options.eos_id is None else options.eos_id
-    eos_ids = (given,) if isinstance(given, int | np.integer) else tuple(given)
+    given: Any = (config.eos_id, *config.other_eos_ids) if options.eos_id is None else options.eos_id
+    mask_id, given = (host.tolist() if isinstance(host, np.ndarray | np.generic) else host
+                      for host in jax.device_get((mask_id, given)))
+    if isinstance(given, str | bytes):
+        raise ArgumentError("eos_id", shown(given), allowed="a token id, or several")
+    eos_ids = tuple(given) if isinstance(given, Iterable) else (given,)
     if not eos_ids:
         raise ValueError("eos_id: got an empty list; give at least one id, or stop_on_eos=False")
     for name, token in [("mask_id", mask_id), *(("eos_id", token) for token in eos_ids)]:
         if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < config.vocab_size:
-            raise ValueError(f"{name}: got {token!r}; allowed 0 to {config.vocab_size - 1}, the model's vocabulary")
+            raise ArgumentError(name, shown(token), allowed=f"0 to {config.vocab_size - 1}, the model's vocabulary")
+    if mask_id in eos_ids:
+        raise ArgumentError("eos_id", f"{mask_id}, which is the mask id", allowed="another token",
+                            advice="the mask is never generated, so nothing would stop there")
     return int(mask_id), tuple(int(token) for token in eos_ids)
 
 
@@ -119,11 +131,47 @@ def _as_array(leaf: Any) -> Any:
     return np.float32(leaf) if isinstance(leaf, float | np.floating) else leaf
 
 
-def _in_range(name: str, value: float | None, low: float, high: float, *, low_open: bool = False) -> None:
-    if value is None:
-        return
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not number or not (low < value if low_open else low <= value) or not value <= high or math.isinf(value):
-        span = f"above {low:g}" if low_open else f"at least {low:g}"
-        limit = "" if math.isinf(high) else f" and at most {high:g}"
-        raise ValueError(f"{name}: got {value!r}; allowed a number {span}{limit}")
+def _scalar(name: str, value: Any) -> Any:
+    """A number of any library as Python's own; anything else as it is."""
+    host = jax.device_get(value) if isinstance(value, jax.Array) else value
+    if not isinstance(host, np.ndarray | np.generic):
+        return host
+    if host.ndim:
+        raise ArgumentError(name, shown(value), allowed="one number")
+    return host.item()
+
+
+def check_lengths(
+    config: ModelConfig, rows: Sequence[Sequence[int]], *, max_new_tokens: Any = 0, samples: int = 1, least: int = 0,
+) -> int:
+    """The number of new tokens as an int, if the model has the positions for them.
+
+    From the numbers alone, before anything of that size is allocated.
+
+    Raises:
+        ArgumentError: names `max_new_tokens`, `num_samples` or `prompts`.
+    """
+    longest = max((len(row) for row in rows), default=0)
+    count = _scalar("max_new_tokens", max_new_tokens)
+    check_integer("max_new_tokens", count, least)
+    if longest + count > config.max_positions:
+        raise ArgumentError(
+            "max_new_tokens" if count else "prompts", f"{count} after a prompt of {longest} tokens" if count
+            else f"a row of {longest} tokens", allowed=f"{config.max_positions} positions in all",
+            advice="shorten the prompt or generate less" if count else "shorten it")
+    if samples * max(len(rows), 1) * max(longest + count, 1) >= 2**31:
+        raise ArgumentError("num_samples", f"{samples} of {len(rows)} prompts",
+                            allowed="fewer than 2**31 tokens in all", advice="sample in several calls")
+    return count
+
+
+def check_block_length(config: ModelConfig, block_length: Any) -> int:
+    """The call's block length: None is the model's own, or 64.
+
+    Raises:
+        ArgumentError: no integer from 1 to the model's positions.
+    """
+    if block_length is None:
+        return config.block_length or 64
+    length = _scalar("block_length", block_length)
+    return int(check_integer("block_length", length, 1, config.max_positions))

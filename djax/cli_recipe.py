@@ -67,7 +67,10 @@ def build_recipe(flags: RecipeFlags) -> Recipe:
         return _own_recipe(flags)
     _check_numbers(flags)
     base = _read(_choice("recipe", flags.recipe, RECIPES))
-    strategy = base.strategy if flags.strategy is None else _choice("strategy", flags.strategy, STRATEGIES)
+    named = base.strategy
+    if flags.factor is not None and "factor" in _defaults(RECIPES[_choice("recipe", flags.recipe, RECIPES)]):
+        named = "factor"  # as the recipe's own function: a factor instead of the threshold
+    strategy = named if flags.strategy is None else _choice("strategy", flags.strategy, STRATEGIES)
     cache = base.cache if flags.cache is None else _choice("cache", flags.cache, CACHES)
     credit = base.credit if flags.credit is None else flags.credit
     _check_use(flags, strategy=strategy, cache=cache, credit=credit)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from djax import struct
+from djax.errors import check_choice, check_integer, check_number
 from djax.types import Candidates, Filter, Logits, Noise, Propose, Reading
 from kernels_pallas import gumbel_noise
 
@@ -53,6 +54,12 @@ class Sample:
     filters: tuple[Filter, ...] = ()
     """Applied first to last before the draw."""
     confidence: Literal["model", "drawn"] = struct.field(pytree_node=False, default="model")
+
+    def __post_init__(self) -> None:
+        # above, noise times temperature could overflow
+        check_number("temperature", self.temperature, 0.0, 1e30)
+        check_choice("confidence", self.confidence, ("model", "drawn"))
+
 
     @property
     def reads(self) -> bool:
@@ -103,6 +110,9 @@ class RefuseToken:
 
     propose: Propose
     token_id: int | Int[Array, ""]
+
+    def __post_init__(self) -> None:
+        check_integer("token_id", self.token_id)
 
     @property
     def reads(self) -> bool:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from djax.cache_policies import BlockCausal, Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
 from djax.config import ModelConfig
+from djax.errors import ArgumentError, check_choice, check_integer, check_number, shown
 from djax.schedules import Linear
 from djax.smoothing import HardTokens, SoftTokens
 from djax.state import Parts
@@ -33,6 +34,8 @@ def llada(*, steps_per_block: int | Int[Array, ""] | None = None) -> Recipe:
     Args:
         steps_per_block: denoising steps per block; None is one token per step, the reference quality.
     """
+    if steps_per_block is not None:
+        check_integer("steps_per_block", steps_per_block, 1)
     return Recipe(strategy=Quota(steps=2**31 - 1 if steps_per_block is None else steps_per_block))
 
 
@@ -50,8 +53,7 @@ def fast_dllm(
         ValueError: an unknown cache.
     """
     policies: dict[str, CachePolicy] = {"none": NoCache(), "prefix": Prefix(), "dual": Dual()}
-    if cache not in policies:
-        raise ValueError(f"cache: got {cache!r}; allowed: {', '.join(policies)}")
+    check_choice("cache", cache, policies)
     strategy: Strategy = Threshold(threshold) if factor is None else Factor(factor)
     return Recipe(strategy=strategy, cache_policy=policies[cache])
 
@@ -71,6 +73,7 @@ def dinfer(
         warmup: full forwards at the start of the first block.
         cache: False decodes without one; `before`, `after` and `warmup` then have no effect.
     """
+    check_number("threshold", threshold, 0.0, 1.0)
     limit = threshold if smoothing is None else Linear(1.0, -0.02, minimum=threshold)
     return Recipe(strategy=Threshold(limit), cache_policy=_vicinity(before, after, warmup, cache),
                   smoothing=_soft(smoothing))
@@ -107,6 +110,9 @@ def dinfer_hierarchical(
         warmup: as in `dinfer`.
         cache: as in `dinfer`.
     """
+    check_number("high", high, 0.0, 1.0)
+    if isinstance(high, float | int) and isinstance(low, float | int):
+        check_number("low", low, 0.0, high, advice="lower it or raise high")
     limit = high if smoothing is None else Linear(1.0, -0.02, minimum=high)
     return Recipe(strategy=Hierarchical(high=limit, low=low), cache_policy=_vicinity(before, after, warmup, cache),
                   smoothing=_soft(smoothing))
@@ -165,8 +171,14 @@ def check_blocks(recipe: Recipe, config: ModelConfig, *, block_length: int, gaps
 
 
 def _vicinity(before: int, after: int, warmup: int | Int[Array, ""], cache: bool) -> CachePolicy:
+    for name, value in (("before", before), ("after", after), ("warmup", warmup)):
+        check_integer(name, value)
+    if not isinstance(cache, bool):
+        raise ArgumentError("cache", shown(cache), allowed="True or False")
     return WithWarmup(Vicinity(before=before, after=after), steps=warmup) if cache else NoCache()
 
 
 def _soft(weight: Number | None) -> Smoothing:
+    if weight is not None:
+        check_number("smoothing", weight, 0.0, 1.0)
     return HardTokens() if weight is None else SoftTokens(Linear(0.15, 0.02, maximum=weight))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from djax import struct
+from djax.errors import check_number
 
 
 @struct.dataclass
@@ -13,6 +17,10 @@ class Constant:
     """The same value at every step."""
 
     value: float | Float[Array, ""]
+
+    def __post_init__(self) -> None:
+        check_number("value", self.value)
+
 
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step` (a row's denoising steps so far, from 0), float32."""
@@ -32,6 +40,15 @@ class Linear:
     minimum: float | Float[Array, ""] = -jnp.inf
     maximum: float | Float[Array, ""] = jnp.inf
 
+    def __post_init__(self) -> None:
+        check_number("start", self.start)
+        check_number("slope", self.slope)
+        for name in ("minimum", "maximum"):
+            bound = getattr(self, name)
+            if not (isinstance(bound, float | np.floating) and math.isinf(bound)):
+                check_number(name, bound)
+
+
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step`, float32."""
         value = jnp.asarray(self.start, jnp.float32) + jnp.asarray(self.slope, jnp.float32) * step.astype(jnp.float32)
@@ -45,6 +62,12 @@ class Cosine:
     start: float | Float[Array, ""]
     end: float | Float[Array, ""]
     steps: float | Float[Array, ""]
+
+    def __post_init__(self) -> None:
+        check_number("start", self.start)
+        check_number("end", self.end)
+        check_number("steps", self.steps, 0.0, above=True)
+
 
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step`, float32."""

@@ -386,7 +386,7 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--max-new-tokens", "0"], "--max-new-tokens: got 0"),
     (["--max-new-tokens", "100000", "--dtype", "float32"], "--max-new-tokens: got 100000 after a prompt"),
     (["--block-length", "0"], "--block-length: got 0"),
-    (["--seed", "-1"], "--seed: got -1; allowed an integer from 0 to 4294967295"),
+    (["--seed", "-1"], "--seed: got -1; allowed an integer from 0 to 9223372036854775807"),
     (["--dtype", "int8"], "--dtype: got 'int8'; allowed bfloat16, float16, float32"),
     (["--mask-id", "9999"], "--mask-id: got 9999"),
     (["--eos-id", "-4"], "--eos-id: got -4"),

@@ -15,8 +15,9 @@ from jaxtyping import Array, Int, Key
 
 from djax import recipes
 from djax.ambient import on_device, without_mesh
-from djax.calls import CallOptions, make_parts, resolve_ids
+from djax.calls import CallOptions, check_block_length, check_lengths, make_parts, resolve_ids
 from djax.canvas import Canvas
+from djax.errors import check_integer
 from djax.generation import Generation
 from djax.prompts import Prompt, check_ids, encode_prompts
 from djax.proposals import Greedy, RefuseToken, Sample
@@ -83,8 +84,8 @@ def rollout(
     Raises:
         ValueError: names the argument, what came and what is allowed.
     """
-    _at_least_one("num_samples", num_samples)
-    block_length = (lm.config.block_length or 64) if block_length is None else block_length
+    check_integer("num_samples", num_samples, 1)
+    block_length = check_block_length(lm.config, block_length)
     options = CallOptions(
         recipe=EXACT if recipe is None else recipe, block_length=block_length, temperature=temperature, top_k=top_k,
         top_p=None if top_p == 1 else top_p, min_p=None if min_p == 0 else min_p, guidance=guidance, mask_id=mask_id,
@@ -92,7 +93,7 @@ def rollout(
     recipes.check_blocks(options.recipe, lm.config, block_length=block_length)
     mask_token, eos_ids = resolve_ids(options, lm.config)
     rows = encode_prompts(prompts, tokenizer=lm.tokenizer, vocab_size=lm.config.vocab_size)
-    _check_positions(lm, [len(row) + max_new_tokens for row in rows], "max_new_tokens", max_new_tokens)
+    max_new_tokens = check_lengths(lm.config, rows, max_new_tokens=max_new_tokens, samples=num_samples, least=1)
     canvas = Canvas.from_prompts(
         _repeat(rows, num_samples), max_new_tokens=max_new_tokens, block_length=block_length, mask_id=mask_token,
         pad_id=lm.config.pad_id, align=align or lm.config.block_length is not None)
@@ -137,8 +138,8 @@ def rollout_infill(
     Raises:
         ValueError: names the argument, what came and what is allowed.
     """
-    _at_least_one("num_samples", num_samples)
-    block_length = (lm.config.block_length or 64) if block_length is None else block_length
+    check_integer("num_samples", num_samples, 1)
+    block_length = check_block_length(lm.config, block_length)
     options = CallOptions(
         recipe=EXACT if recipe is None else recipe, block_length=block_length, temperature=temperature, top_k=top_k,
         top_p=None if top_p == 1 else top_p, min_p=None if min_p == 0 else min_p, guidance=guidance, mask_id=mask_id,
@@ -148,6 +149,7 @@ def rollout_infill(
     rows = [check_ids(row, name=f"tokens[{index}]", vocab_size=lm.config.vocab_size)
             for index, row in enumerate(tokens)]
     _check_positions(lm, [len(row) for row in rows], "tokens", "a row")
+    check_lengths(lm.config, rows, samples=num_samples)
     if [len(row) for row in mask] != [len(row) for row in rows]:
         raise ValueError(f"mask: got rows of {[len(row) for row in mask]} entries; the rows of tokens have "
                          f"{[len(row) for row in rows]}; they must be equal")
@@ -242,7 +244,7 @@ def _sample(
         raise ValueError(f"row_ids: got {ids.size} ids; allowed one for each of the {canvas.batch} rows "
                          "(prompts times num_samples)")
     if micro_batch is not None:
-        _at_least_one("micro_batch", micro_batch)
+        check_integer("micro_batch", micro_batch, 1)
     size = canvas.batch if micro_batch is None else min(micro_batch, canvas.batch)
     rollouts = []
     for start in range(0, canvas.batch, size):
@@ -340,8 +342,3 @@ def _check_positions(lm: DiffusionLM, lengths: Sequence[int], name: str, value: 
 
 def _repeat(rows: Sequence[Any], times: int) -> list[Any]:
     return [row for row in rows for _ in range(times)]
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: got {value}; it must be at least 1")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from djax import struct
+from djax.errors import check_number
 from djax.strategies.selection import masked_confidence, rank
 from djax.types import Candidates, Decision, PartState, StepInfo
 
@@ -19,6 +20,10 @@ class Factor:
     """
 
     factor: float | Float[Array, ""]
+
+    def __post_init__(self) -> None:
+        check_number("factor", self.factor, 0.0)
+
 
     @property
     def reopens(self) -> bool:

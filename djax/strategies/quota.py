@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
 from djax import struct
+from djax.errors import check_integer
 from djax.strategies.selection import masked_confidence, rank
 from djax.types import Candidates, Decision, PartState, StepInfo
 
@@ -19,6 +20,10 @@ class Quota:
     """
 
     steps: int | Int[Array, ""]
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps, 1)
+
 
     @property
     def reopens(self) -> bool:

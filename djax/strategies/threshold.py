@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from djax import struct
+from djax.errors import check_number
 from djax.schedules import Schedule, as_schedule
 from djax.strategies.selection import masked_confidence
 from djax.types import Candidates, Decision, PartState, StepInfo
@@ -19,6 +20,11 @@ class Threshold:
     """
 
     threshold: float | Float[Array, ""] | Schedule
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threshold, Schedule):
+            check_number("threshold", self.threshold, 0.0, 1.0)
+
 
     @property
     def reopens(self) -> bool:

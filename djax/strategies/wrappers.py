@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from djax import struct
+from djax.errors import check_number
 from djax.strategies.selection import rank
 from djax.types import Candidates, Decision, PartState, StepInfo, Strategy
 
@@ -59,6 +60,10 @@ class Remasking:
 
     strategy: Strategy
     threshold: float | Float[Array, ""]
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, 0.0, 1.0)
+
 
     @property
     def reopens(self) -> bool:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from djax import struct
+from djax.errors import check_number
 from djax.types import FORBID_NOTHING, Forbidden, Logits, PartState, Reading
 
 
@@ -34,6 +35,12 @@ class Credit:
     alpha: float | Float[Array, ""] = 0.7
     beta: float | Float[Array, ""] = 0.8
     gamma: float | Float[Array, ""] = 0.2
+
+    def __post_init__(self) -> None:
+        check_number("alpha", self.alpha, 0.0)
+        check_number("beta", self.beta, 0.0, 1.0)
+        check_number("gamma", self.gamma, 0.0)
+
 
     @property
     def reads(self) -> bool:
