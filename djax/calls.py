@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -66,11 +66,11 @@ def resolve_ids(options: CallOptions, config: ModelConfig) -> tuple[int, tuple[i
     if mask_id is None:
         raise ValueError("mask_id: neither the checkpoint nor its tokenizer gives one; pass mask_id=")
     given: Any = (config.eos_id, *config.other_eos_ids) if options.eos_id is None else options.eos_id
-    mask_id, given = (host.tolist() if isinstance(host, np.ndarray | np.generic) else host
-                      for host in jax.device_get((mask_id, given)))
+    mask_id, given = jax.device_get((mask_id, given))
     if isinstance(given, str | bytes):
         raise ArgumentError("eos_id", shown(given), allowed="a token id, or several")
-    eos_ids = tuple(given) if isinstance(given, Iterable) else (given,)
+    eos_ids = tuple(map(_plain, given)) if np.ndim(given) else (_plain(given),)
+    mask_id = _plain(mask_id)
     if not eos_ids:
         raise ValueError("eos_id: got an empty list; give at least one id, or stop_on_eos=False")
     for name, token in [("mask_id", mask_id), *(("eos_id", token) for token in eos_ids)]:
@@ -129,6 +129,11 @@ def _as_array(leaf: Any) -> Any:
     if isinstance(leaf, bool | int | np.integer):
         return np.int32(leaf)
     return np.float32(leaf) if isinstance(leaf, float | np.floating) else leaf
+
+
+def _plain(token: Any) -> Any:
+    """A scalar of NumPy's as Python's own; anything else as it is."""
+    return token.item() if isinstance(token, np.ndarray | np.generic) and not token.ndim else token
 
 
 def _scalar(name: str, value: Any) -> Any:

@@ -14,10 +14,11 @@ PACKAGES = ("djax", "kernels_pallas", "convert")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 LAYERS = [
-    {"struct"},
-    {"types", "config", "schedules"},
+    {"struct", "errors"},
+    {"types", "config", "schedules", "keys"},
     {"canvas", "cache"},
     {"transforms", "proposals", "strategies", "cache_policies", "smoothing", "stopping"},
+    {"part_shapes"},
     {"state"},
     {"step"},
     {"denoise"},
@@ -57,7 +58,8 @@ def test_imports_follow_the_direction(path):
         assert used <= {"__future__", "jax", "jaxtyping", "numpy", "kernels_pallas"} | set(sys.stdlib_module_names)
     elif name.startswith("convert/"):
         inner = {module for module in imports(path) if module.startswith("djax")}
-        allowed = ("djax.config", "djax.models", "djax.sharding", "djax.distributed", "djax.__version__")
+        allowed = ("djax.config", "djax.models", "djax.sharding", "djax.distributed", "djax.errors",
+                   "djax.__version__")
         assert all(module == "djax" or module.startswith(allowed) for module in inner), inner
         assert "kernels_pallas" not in used
     else:
@@ -76,7 +78,8 @@ def test_imports_follow_the_direction(path):
 def test_djax_imports_downwards(layer, module):
     paths = sorted((ROOT / "djax" / module).rglob("*.py")) or [ROOT / "djax" / f"{module}.py"]
     above = set().union(*LAYERS[layer:]) - {module}
-    other = {"api", "models", "cli", "text", "generation", "calls", "memory", "prompts", "live"}
+    other = {"api", "models", "cli", "text", "generation", "calls", "memory", "prompts", "live", "interrupts",
+             "running", "program"}
     for path in paths:
         used = {name.split(".")[1] for name in imports(path) if name.startswith("djax.")}
         assert not used & (above | other), f"{relative(path)} imports {used & (above | other)}"
