@@ -14,7 +14,7 @@ PACKAGES = ("djax", "kernels_pallas", "convert")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 LAYERS = [
-    {"struct", "errors"},
+    {"struct", "errors", "ambient", "interrupts"},
     {"types", "config", "schedules", "keys"},
     {"canvas", "cache"},
     {"transforms", "proposals", "strategies", "cache_policies", "smoothing", "stopping"},
@@ -78,7 +78,7 @@ def test_imports_follow_the_direction(path):
 def test_djax_imports_downwards(layer, module):
     paths = sorted((ROOT / "djax" / module).rglob("*.py")) or [ROOT / "djax" / f"{module}.py"]
     above = set().union(*LAYERS[layer:]) - {module}
-    other = {"api", "models", "cli", "text", "generation", "calls", "memory", "prompts", "live", "interrupts",
+    other = {"api", "models", "cli", "text", "generation", "calls", "memory", "prompts", "live",
              "running", "program"}
     for path in paths:
         used = {name.split(".")[1] for name in imports(path) if name.startswith("djax.")}
