@@ -149,6 +149,7 @@ def test_flags_reach_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
                     "--temperature", "0.5", "--top-k", "4", "--top-p", "0.9", "--min-p", "0.1", "--guidance", "1.5",
                     "--seed", "9", "--no-stop", "--align", "--recipe", "llada", "--steps", "2")
     assert (result.exit_code, result.stderr) == (2, "djax: stop here\n")
+    assert callable(seen.pop("watch"))
     assert seen == {
         "prompts": [[{"role": "user", "content": "hi"}]], "recipe": recipes.llada(steps_per_block=2),
         "max_new_tokens": 7, "block_length": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1,
