@@ -12,15 +12,16 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from djax import recipes
 from djax.ambient import without_mesh
-from djax.calls import CallOptions, check_lengths, make_parts, resolve_ids
+from djax.calls import CallOptions, check_block_length, check_lengths, make_parts, resolve_ids
 from djax.canvas import Canvas
-from djax.config import ModelConfig
+from djax.config import DTYPES, ModelConfig
 from djax.distributed import with_peers
-from djax.errors import ArgumentError
+from djax.errors import ArgumentError, check_choice, check_integer, shown
 from djax.generation import Generation, Streamer, StreamReader, StreamStep, Watch, feed
 from djax.keys import as_key
 from djax.memory import MemoryEstimate, estimate_memory
@@ -40,7 +41,7 @@ from djax.weights import accept, check_alive
 def load(
     source: str | Path | None = None,
     *,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
     mask_id: int | None = None,
@@ -54,7 +55,8 @@ def load(
         source: a Hugging Face directory (safetensors), a directory written by `djax convert`, or a hub id;
             None or "djax:base" is the small model bundled with djax, "djax:compressed" the same after
             trajectory compression.
-        dtype: of weights and activations: "bfloat16", "float32" or "float16"; None keeps the checkpoint's.
+        dtype: of weights and activations: "bfloat16", "float32" or "float16", or such a dtype; None keeps the
+            checkpoint's.
         mesh: devices to shard over, from `djax.sharding.make_mesh` or your own, Auto or Explicit; None is the default
             device. Each process of several reads its own devices' parts only.
         rules: logical axis name to mesh axis, see `djax.sharding`; None is its default for this model.
@@ -72,7 +74,7 @@ def load(
     from djax import assets
 
     directory = convert.resolve_source(assets.resolve(source))
-    config, params = convert.load_params(directory, dtype=dtype, mesh=mesh, rules=rules, progress=progress)
+    config, params = convert.load_params(directory, dtype=_dtype_name(dtype), mesh=mesh, rules=rules, progress=progress)
     tokenizer = Tokenizer.load(directory) if has_tokenizer(directory) else None
     if mask_id is None and config.mask_id is None and tokenizer is not None:
         mask_id = tokenizer.mask_id
@@ -356,10 +358,8 @@ class DiffusionLM:
         Position i's logits are about the token at position i: there is no shift.
         """
         rows = self._rows(prompts, {"call": "logits"}, allow_special_tokens=allow_special_tokens)
+        check_lengths(self.config, rows)
         length = max(max(len(row) for row in rows), 1)
-        if length > self.config.max_positions:
-            raise ArgumentError("prompts", f"one of {length} tokens", allowed=f"{self.config.max_positions} at most",
-                                advice="shorten it")
         tokens = np.full((len(rows), length), self.config.pad_id, np.int32)
         valid, positions = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.int32)
         for index, row in enumerate(rows):
@@ -389,6 +389,9 @@ class DiffusionLM:
             **self._defaults(recipe, block_length), temperature=0.0, top_k=top_k, top_p=top_p,
             min_p=min_p, guidance=guidance, mask_id=None, eos_id=None, stop_on_eos=True)
         for batch, prompt_length, max_new_tokens in shapes:
+            check_integer("shapes", batch, 1, advice="each is (batch, prompt length, max_new_tokens)")
+            check_integer("shapes", prompt_length, 0, self.config.max_positions)
+            check_integer("shapes", max_new_tokens, 1, self.config.max_positions - prompt_length)
             canvas, parts, _ = self._prepare([[0] * prompt_length] * batch, options, max_new_tokens=max_new_tokens,
                                              align=False)
             # Nothing to decode: the program is compiled and its loop ends before the first step.
@@ -410,7 +413,7 @@ class DiffusionLM:
     def _defaults(self, recipe: Recipe | None, block_length: int | None, *, gaps: bool = False) -> dict[str, Any]:
         """Recipe and block length of a call, where it says nothing those of the model."""
         return {"recipe": recipes.default_for(self.config, gaps=gaps) if recipe is None else recipe,
-                "block_length": (self.config.block_length or 64) if block_length is None else block_length}
+                "block_length": check_block_length(self.config, block_length)}
 
     def _rows(
         self, prompts: Prompt | Sequence[Prompt] | None, call: Mapping[str, Any], *, allow_special_tokens: bool,
@@ -436,8 +439,7 @@ class DiffusionLM:
             "row_ids": row_ids}, allow_special_tokens=allow_special_tokens)
         mask_id, eos_ids = resolve_ids(options, self.config)
         recipes.check_blocks(options.recipe, self.config, block_length=options.block_length)
-        check_lengths(self.config, longest_prompt=max(map(len, rows)), max_new_tokens=max_new_tokens,
-                      block_length=options.block_length)
+        max_new_tokens = check_lengths(self.config, rows, max_new_tokens=max_new_tokens, least=1)
         canvas = Canvas.from_prompts(
             rows, max_new_tokens=max_new_tokens, block_length=options.block_length, mask_id=mask_id,
             pad_id=self.config.pad_id, align=align or self.config.block_length is not None,
@@ -481,6 +483,18 @@ class DiffusionLM:
         denoiser, padded, row_numbers = program.place_rows((denoiser, padded, row_numbers))
         random_key, parts = program.place((random_key, parts))
         return denoiser, check_alive(self.params), padded, random_key, parts, row_numbers
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    """The name of a dtype of NumPy's or JAX's, or given by name."""
+    if dtype is None:
+        return None
+    if not isinstance(dtype, str):
+        try:
+            dtype = np.dtype(dtype).name
+        except TypeError:
+            raise ArgumentError("dtype", shown(dtype), allowed=", ".join(DTYPES)) from None
+    return str(check_choice("dtype", dtype, DTYPES))
 
 
 def _nbytes(tree: Any) -> int:

@@ -84,20 +84,14 @@ class Vicinity:
         check_integer("before", self.before)
         check_integer("after", self.after)
 
+
     @property
     def exact(self) -> bool:
         """False: all but the window is as old as the block's first step."""
         return False
 
     def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
-        """before + L + after, at most the canvas.
-
-        Raises:
-            ValueError: a negative width.
-        """
-        for name, width in (("before", self.before), ("after", self.after)):
-            if width < 0:
-                raise ValueError(f"{name}: got {width}; it must be at least 0")
+        """before + L + after, at most the canvas."""
         return min(self.before + block_length + self.after, canvas_length)
 
     def plan(self, info: StepInfo, canvas_length: int, block_length: int) -> Plan:
@@ -141,6 +135,7 @@ class Periodic:
     def __post_init__(self) -> None:
         check_integer("every", self.every, 1)
 
+
     @property
     def exact(self) -> bool:
         """False: `every` is a leaf, not known when a program is built."""
@@ -169,6 +164,7 @@ class WithWarmup:
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps)
+
 
     @property
     def exact(self) -> bool:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from djax.config import ModelConfig
-from djax.errors import ArgumentError, check_integer, check_number
+from djax.errors import ArgumentError, check_integer, check_number, shown
 from djax.proposals import Greedy, RefuseToken, Sample
 from djax.state import Parts
 from djax.stopping import AnyOf, Never, OnEos
@@ -41,6 +41,8 @@ class CallOptions:
         if not isinstance(self.recipe, Parts):
             raise ArgumentError("recipe", f"a {type(self.recipe).__name__}", allowed="djax.Parts",
                                 advice="such as djax.recipes.dinfer()")
+        for name in ("block_length", "temperature", "top_k", "top_p", "min_p", "guidance"):
+            object.__setattr__(self, name, _scalar(name, getattr(self, name)))
         check_integer("block_length", self.block_length, 1)
         # above, noise times temperature could overflow; below float32's smallest normal number, 0 is meant
         check_number("temperature", self.temperature, 0.0, 1e30)
@@ -63,31 +65,21 @@ def resolve_ids(options: CallOptions, config: ModelConfig) -> tuple[int, tuple[i
     mask_id = config.mask_id if options.mask_id is None else options.mask_id
     if mask_id is None:
         raise ValueError("mask_id: neither the checkpoint nor its tokenizer gives one; pass mask_id=")
-    given = (config.eos_id, *config.other_eos_ids) if options.eos_id is None else options.eos_id
-    eos_ids = tuple(np.atleast_1d(jax.device_get(given)).tolist())
+    given: Any = (config.eos_id, *config.other_eos_ids) if options.eos_id is None else options.eos_id
+    mask_id, given = jax.device_get((mask_id, given))
+    if isinstance(given, str | bytes):
+        raise ArgumentError("eos_id", shown(given), allowed="a token id, or several")
+    eos_ids = tuple(map(_plain, given)) if np.ndim(given) else (_plain(given),)
+    mask_id = _plain(mask_id)
     if not eos_ids:
         raise ValueError("eos_id: got an empty list; give at least one id, or stop_on_eos=False")
     for name, token in [("mask_id", mask_id), *(("eos_id", token) for token in eos_ids)]:
         if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < config.vocab_size:
-            raise ValueError(f"{name}: got {token!r}; allowed 0 to {config.vocab_size - 1}, the model's vocabulary")
+            raise ArgumentError(name, shown(token), allowed=f"0 to {config.vocab_size - 1}, the model's vocabulary")
     if mask_id in eos_ids:
-        raise ArgumentError("eos_id", f"{mask_id}, which is the mask id", allowed="other ids",
-                            advice="a mask cannot end a sequence")
+        raise ArgumentError("eos_id", f"{mask_id}, which is the mask id", allowed="another token",
+                            advice="the mask is never generated, so nothing would stop there")
     return int(mask_id), tuple(int(token) for token in eos_ids)
-
-
-def check_lengths(config: ModelConfig, *, longest_prompt: int, max_new_tokens: int, block_length: int) -> None:
-    """Check a call's lengths before anything of their size is made.
-
-    Raises:
-        ArgumentError: no whole numbers, or more positions than the model has.
-    """
-    check_integer("max_new_tokens", max_new_tokens, 1)
-    check_integer("block_length", block_length, 1, config.max_positions, advice="blocks need not be longer")
-    if longest_prompt + max_new_tokens > config.max_positions:
-        raise ArgumentError(
-            "max_new_tokens", f"{max_new_tokens} after a prompt of {longest_prompt} tokens",
-            allowed=f"{config.max_positions} positions in all", advice="shorten the prompt or generate less")
 
 
 def make_parts(
@@ -137,3 +129,54 @@ def _as_array(leaf: Any) -> Any:
     if isinstance(leaf, bool | int | np.integer):
         return np.int32(leaf)
     return np.float32(leaf) if isinstance(leaf, float | np.floating) else leaf
+
+
+def _plain(token: Any) -> Any:
+    """A scalar of NumPy's as Python's own; anything else as it is."""
+    return token.item() if isinstance(token, np.ndarray | np.generic) and not token.ndim else token
+
+
+def _scalar(name: str, value: Any) -> Any:
+    """A number of any library as Python's own; anything else as it is."""
+    host = jax.device_get(value) if isinstance(value, jax.Array) else value
+    if not isinstance(host, np.ndarray | np.generic):
+        return host
+    if host.ndim:
+        raise ArgumentError(name, shown(value), allowed="one number")
+    return host.item()
+
+
+def check_lengths(
+    config: ModelConfig, rows: Sequence[Sequence[int]], *, max_new_tokens: Any = 0, samples: int = 1, least: int = 0,
+) -> int:
+    """The number of new tokens as an int, if the model has the positions for them.
+
+    From the numbers alone, before anything of that size is allocated.
+
+    Raises:
+        ArgumentError: names `max_new_tokens`, `num_samples` or `prompts`.
+    """
+    longest = max((len(row) for row in rows), default=0)
+    count = _scalar("max_new_tokens", max_new_tokens)
+    check_integer("max_new_tokens", count, least)
+    if longest + count > config.max_positions:
+        raise ArgumentError(
+            "max_new_tokens" if count else "prompts", f"{count} after a prompt of {longest} tokens" if count
+            else f"a row of {longest} tokens", allowed=f"{config.max_positions} positions in all",
+            advice="shorten the prompt or generate less" if count else "shorten it")
+    if samples * max(len(rows), 1) * max(longest + count, 1) >= 2**31:
+        raise ArgumentError("num_samples", f"{samples} of {len(rows)} prompts",
+                            allowed="fewer than 2**31 tokens in all", advice="sample in several calls")
+    return count
+
+
+def check_block_length(config: ModelConfig, block_length: Any) -> int:
+    """The call's block length: None is the model's own, or 64.
+
+    Raises:
+        ArgumentError: no integer from 1 to the model's positions.
+    """
+    if block_length is None:
+        return config.block_length or 64
+    length = _scalar("block_length", block_length)
+    return int(check_integer("block_length", length, 1, config.max_positions))

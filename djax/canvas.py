@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from djax import struct
+from djax.errors import check_integer
 
 
 @struct.dataclass
@@ -93,8 +94,8 @@ class Canvas:
         Raises:
             ValueError: a length below 1, or no prompt at all.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: got {max_new_tokens}; it must be at least 1")
+        check_integer("max_new_tokens", max_new_tokens, 1)
+        check_integer("block_length", block_length, 1)
         rows = [np.asarray(list(prompt), np.int32) for prompt in prompts]
         length = block_length if align else 1
         lead = [len(row) // length * length for row in rows]
@@ -127,6 +128,7 @@ class Canvas:
         Raises:
             ValueError: shapes that differ, or no row at all.
         """
+        check_integer("block_length", block_length, 1)
         rows, masks = [], []
         if len(tokens) != len(masked):
             raise ValueError(f"mask: got {len(masked)} rows; tokens have {len(tokens)}; give one mask per row")
@@ -151,8 +153,6 @@ class Canvas:
         """Shift each row so that its `lead` first tokens end at the common start of block 0."""
         if not rows:
             raise ValueError("prompts: got none; give at least one row")
-        if block_length < 1:
-            raise ValueError(f"block_length: got {block_length}; it must be at least 1")
         rest = max(max(len(row) - n for row, n in zip(rows, lead, strict=True)), worst_rest)
         first_block, num_blocks = max(lead), -(-rest // block_length)
         if bucket:

@@ -357,8 +357,8 @@ def _check_sampling(sampling: SamplingFlags) -> None:
     _at_least("--block-length", sampling.block_length, 1)
     if sampling.top_k is not None:
         _at_least("--top-k", sampling.top_k, 1)
-    if not 0 <= sampling.seed < 2**32:
-        raise WrongInput("--seed", sampling.seed, allowed=f"an integer from 0 to {2**32 - 1}",
+    if not 0 <= sampling.seed < 2**63:
+        raise WrongInput("--seed", sampling.seed, allowed=f"an integer from 0 to {2**63 - 1}",
                          do="give one in that range")
     for name, value, low, high in (
             ("--temperature", sampling.temperature, 0.0, math.inf), ("--top-p", sampling.top_p, 0.0, 1.0),

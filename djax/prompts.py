@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from djax.distributed import share, spans_processes
+from djax.errors import shown
 from djax.text import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -30,7 +31,7 @@ def encode_prompts(
             for a model without a tokenizer.
     """
     prompts = jax.device_get(prompts) if isinstance(prompts, jax.Array) else prompts
-    batch = [prompts] if _is_single(prompts) else list(prompts)
+    batch: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
     if not batch:
         raise ValueError("prompts: got an empty list; give at least one prompt")
     return [_encode(prompt, f"prompts[{index}]", tokenizer, vocab_size, allow_special_tokens)
@@ -65,10 +66,12 @@ def shared_masked(
     def encode() -> tuple[list[list[int]], Sequence[Any]]:
         if token_ids is None:
             raise ValueError("token_ids: got None; allowed one or several lists of token ids")
+        host_mask = jax.device_get(mask) if isinstance(mask, jax.Array) else mask
         rows = encode_prompts(token_ids, tokenizer=None, vocab_size=vocab_size)
-        if mask is None:
+        if host_mask is None:
             raise ValueError("mask: got None; allowed one for each row of token_ids")
-        return rows, mask if len(mask) and isinstance(mask[0], Sequence | np.ndarray) else [mask]
+        many = len(host_mask) > 0 and isinstance(host_mask[0], Sequence | np.ndarray | jax.Array)
+        return rows, host_mask if many else [host_mask]
 
     if mesh is None or not spans_processes(mesh):
         return encode()
@@ -85,7 +88,7 @@ def check_ids(ids: Any, *, name: str, vocab_size: int) -> list[int]:
     """
     array = np.asarray(jax.device_get(ids))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"{name}: got {_short(ids)}; allowed a flat list of token ids, integers in [0, {vocab_size})")
+        raise ValueError(f"{name}: got {shown(ids)}; allowed a flat list of token ids, integers in [0, {vocab_size})")
     if array.size and (array.min() < 0 or array.max() >= vocab_size):
         wrong = int(array[(array < 0) | (array >= vocab_size)][0])
         raise ValueError(f"{name}: got token id {wrong}; allowed 0 to {vocab_size - 1}, the model's vocabulary")
@@ -98,7 +101,7 @@ def _is_single(prompts: Any) -> bool:
     if isinstance(prompts, np.ndarray):
         return prompts.ndim == 1
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise ValueError(f"prompts: got {_short(prompts)}; allowed a text, token ids, chat messages, or a list of one "
+        raise ValueError(f"prompts: got {shown(prompts)}; allowed a text, token ids, chat messages, or a list of one "
                          "of these")
     return len(prompts) > 0 and isinstance(prompts[0], int | np.integer | Mapping)
 
@@ -114,8 +117,3 @@ def _encode(
         encode = tokenizer.encode if isinstance(prompt, str) else tokenizer.apply_chat
         prompt = encode(prompt, allow_special_tokens=allow_special_tokens)
     return check_ids(prompt, name=name, vocab_size=vocab_size)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from djax import struct
-from djax.errors import check_choice, check_number
+from djax.errors import check_choice, check_integer, check_number
 from djax.types import Candidates, Filter, Logits, Noise, Propose, Reading
 from kernels_pallas import gumbel_noise
 
@@ -56,8 +56,10 @@ class Sample:
     confidence: Literal["model", "drawn"] = struct.field(pytree_node=False, default="model")
 
     def __post_init__(self) -> None:
+        # above, noise times temperature could overflow
         check_number("temperature", self.temperature, 0.0, 1e30)
         check_choice("confidence", self.confidence, ("model", "drawn"))
+
 
     @property
     def reads(self) -> bool:
@@ -108,6 +110,9 @@ class RefuseToken:
 
     propose: Propose
     token_id: int | Int[Array, ""]
+
+    def __post_init__(self) -> None:
+        check_integer("token_id", self.token_id)
 
     @property
     def reads(self) -> bool:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from djax.cache_policies import BlockCausal, Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
 from djax.config import ModelConfig
-from djax.errors import check_choice, check_integer, check_number
+from djax.errors import ArgumentError, check_choice, check_integer, check_number, shown
 from djax.schedules import Linear
 from djax.smoothing import HardTokens, SoftTokens
 from djax.state import Parts
@@ -53,7 +53,7 @@ def fast_dllm(
         ValueError: an unknown cache.
     """
     policies: dict[str, CachePolicy] = {"none": NoCache(), "prefix": Prefix(), "dual": Dual()}
-    check_choice("cache", cache, tuple(policies))
+    check_choice("cache", cache, policies)
     strategy: Strategy = Threshold(threshold) if factor is None else Factor(factor)
     return Recipe(strategy=strategy, cache_policy=policies[cache])
 
@@ -111,6 +111,8 @@ def dinfer_hierarchical(
         cache: as in `dinfer`.
     """
     check_number("high", high, 0.0, 1.0)
+    if isinstance(high, float | int) and isinstance(low, float | int):
+        check_number("low", low, 0.0, high, advice="lower it or raise high")
     limit = high if smoothing is None else Linear(1.0, -0.02, minimum=high)
     return Recipe(strategy=Hierarchical(high=limit, low=low), cache_policy=_vicinity(before, after, warmup, cache),
                   smoothing=_soft(smoothing))
@@ -169,7 +171,10 @@ def check_blocks(recipe: Recipe, config: ModelConfig, *, block_length: int, gaps
 
 
 def _vicinity(before: int, after: int, warmup: int | Int[Array, ""], cache: bool) -> CachePolicy:
-    check_integer("warmup", warmup)
+    for name, value in (("before", before), ("after", after), ("warmup", warmup)):
+        check_integer(name, value)
+    if not isinstance(cache, bool):
+        raise ArgumentError("cache", shown(cache), allowed="True or False")
     return WithWarmup(Vicinity(before=before, after=after), steps=warmup) if cache else NoCache()
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from djax import struct
@@ -20,6 +20,7 @@ class Constant:
 
     def __post_init__(self) -> None:
         check_number("value", self.value)
+
 
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step` (a row's denoising steps so far, from 0), float32."""
@@ -42,8 +43,11 @@ class Linear:
     def __post_init__(self) -> None:
         check_number("start", self.start)
         check_number("slope", self.slope)
-        check_limit("minimum", self.minimum)
-        check_limit("maximum", self.maximum)
+        for name in ("minimum", "maximum"):
+            bound = getattr(self, name)
+            if not (isinstance(bound, float | np.floating) and math.isinf(bound)):
+                check_number(name, bound)
+
 
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step`, float32."""
@@ -64,6 +68,7 @@ class Cosine:
         check_number("end", self.end)
         check_number("steps", self.steps, 0.0, above=True)
 
+
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step`, float32."""
         progress = jnp.clip(step.astype(jnp.float32) / jnp.asarray(self.steps, jnp.float32), 0.0, 1.0)
@@ -72,26 +77,6 @@ class Cosine:
 
 
 Schedule = Constant | Linear | Cosine
-
-
-def check_value(name: str, value: Any, low: float = 0.0, high: float = 1.0) -> None:
-    """Check a number that may also be a schedule, whose own numbers it has checked itself.
-
-    Raises:
-        ArgumentError: neither, or a number outside [low, high].
-    """
-    if not isinstance(value, Constant | Linear | Cosine):
-        check_number(name, value, low, high)
-
-
-def check_limit(name: str, value: Any) -> None:
-    """Check a bound, which infinity leaves open.
-
-    Raises:
-        ArgumentError: no number.
-    """
-    if not (isinstance(value, float) and math.isinf(value)):
-        check_number(name, value)
 
 
 def as_schedule(value: float | Float[Array, ""] | Schedule) -> Schedule:

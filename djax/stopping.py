@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from djax import struct
+from djax.errors import check_integer
 from djax.types import StepInfo, StopRule
 
 
@@ -42,6 +43,10 @@ class OnEos:
 
     eos_ids: Int[Array, "n"] | Int[np.ndarray, "n"]
     reasons: ClassVar[tuple[str, ...]] = ("eos",)
+
+    def __post_init__(self) -> None:
+        check_integer("eos_ids", self.eos_ids)
+
 
     def step(
         self, tokens: Int[Array, "B T"], is_open: Bool[Array, "B T"], is_masked: Bool[Array, "B T"], info: StepInfo

@@ -151,6 +151,7 @@ def test_flags_reach_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
                     "--temperature", "0.5", "--top-k", "4", "--top-p", "0.9", "--min-p", "0.1", "--guidance", "1.5",
                     "--seed", "9", "--no-stop", "--align", "--recipe", "llada", "--steps", "2")
     assert (result.exit_code, result.stderr) == (2, "djax: stop here\n")
+    assert callable(seen.pop("watch"))
     assert seen == {
         "prompts": [[{"role": "user", "content": "hi"}]], "recipe": recipes.llada(steps_per_block=2),
         "max_new_tokens": 7, "block_length": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1,
@@ -388,7 +389,7 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--max-new-tokens", "0"], "--max-new-tokens: got 0"),
     (["--max-new-tokens", "100000", "--dtype", "float32"], "--max-new-tokens: got 100000 after a prompt"),
     (["--block-length", "0"], "--block-length: got 0"),
-    (["--seed", "-1"], "--seed: got -1; allowed an integer from 0 to 4294967295"),
+    (["--seed", "-1"], "--seed: got -1; allowed an integer from 0 to 9223372036854775807"),
     (["--dtype", "int8"], "--dtype: got 'int8'; allowed bfloat16, float16, float32"),
     (["--mask-id", "9999"], "--mask-id: got 9999"),
     (["--eos-id", "-4"], "--eos-id: got -4"),

@@ -520,10 +520,10 @@ def test_policies_refresh_when_documented() -> None:
     assert refreshed(cache_policies.WithWarmup(vicinity, 2), block=1) == [0]
 
 
-@pytest.mark.parametrize("policy", [cache_policies.Vicinity(-1, 2), cache_policies.Vicinity(2, -1)])
-def test_vicinity_refuses_negative_widths(policy: Any) -> None:
+@pytest.mark.parametrize("widths", [(-1, 2), (2, -1)])
+def test_vicinity_refuses_negative_widths(widths: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="-1"):
-        policy.window_length(CANVAS, 8, LENGTH)
+        cache_policies.Vicinity(*widths)
 
 
 # --- smoothing ---

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, Key
 
 from djax import recipes
 from djax.ambient import on_device, without_mesh
-from djax.calls import CallOptions, check_lengths, make_parts, resolve_ids
+from djax.calls import CallOptions, check_block_length, check_lengths, make_parts, resolve_ids
 from djax.canvas import Canvas
 from djax.errors import check_integer
 from djax.generation import Generation
@@ -86,8 +86,8 @@ def rollout(
     Raises:
         ValueError: names the argument, what came and what is allowed.
     """
-    check_integer("num_samples", num_samples, 1, 2**20)
-    block_length = (lm.config.block_length or 64) if block_length is None else block_length
+    check_integer("num_samples", num_samples, 1)
+    block_length = check_block_length(lm.config, block_length)
     options = CallOptions(
         recipe=EXACT if recipe is None else recipe, block_length=block_length, temperature=temperature, top_k=top_k,
         top_p=None if top_p == 1 else top_p, min_p=None if min_p == 0 else min_p, guidance=guidance, mask_id=mask_id,
@@ -96,8 +96,8 @@ def rollout(
     mask_token, eos_ids = resolve_ids(options, lm.config)
     rows = encode_prompts(prompts, tokenizer=lm.tokenizer, vocab_size=lm.config.vocab_size,
                           allow_special_tokens=allow_special_tokens)
-    check_lengths(lm.config, longest_prompt=max(map(len, rows)), max_new_tokens=max_new_tokens,
-                  block_length=block_length)
+    max_new_tokens = check_lengths(
+        lm.config, rows, max_new_tokens=max_new_tokens, samples=num_samples, least=1)
     canvas = Canvas.from_prompts(
         _repeat(rows, num_samples), max_new_tokens=max_new_tokens, block_length=block_length, mask_id=mask_token,
         pad_id=lm.config.pad_id, align=align or lm.config.block_length is not None,
@@ -144,8 +144,8 @@ def rollout_infill(
     Raises:
         ValueError: names the argument, what came and what is allowed.
     """
-    check_integer("num_samples", num_samples, 1, 2**20)
-    block_length = (lm.config.block_length or 64) if block_length is None else block_length
+    check_integer("num_samples", num_samples, 1)
+    block_length = check_block_length(lm.config, block_length)
     options = CallOptions(
         recipe=EXACT if recipe is None else recipe, block_length=block_length, temperature=temperature, top_k=top_k,
         top_p=None if top_p == 1 else top_p, min_p=None if min_p == 0 else min_p, guidance=guidance, mask_id=mask_id,

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from djax import struct
 from djax.errors import check_number
-from djax.schedules import Schedule, as_schedule, check_value
+from djax.schedules import Schedule, as_schedule
 from djax.strategies.selection import best, masked_confidence
 from djax.types import Candidates, Decision, PartState, StepInfo
 
@@ -25,8 +25,13 @@ class Hierarchical:
     low: float | Float[Array, ""]
 
     def __post_init__(self) -> None:
-        check_value("high", self.high)
         check_number("low", self.low, 0.0, 1.0)
+        if isinstance(self.high, Schedule):
+            return
+        check_number("high", self.high, 0.0, 1.0)
+        if isinstance(self.low, float | int) and isinstance(self.high, float | int):
+            check_number("low", self.low, 0.0, self.high, advice="lower it or raise high")
+
 
     @property
     def reopens(self) -> bool:

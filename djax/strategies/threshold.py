@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from djax import struct
-from djax.schedules import Schedule, as_schedule, check_value
+from djax.errors import check_number
+from djax.schedules import Schedule, as_schedule
 from djax.strategies.selection import masked_confidence
 from djax.types import Candidates, Decision, PartState, StepInfo
 
@@ -21,7 +22,9 @@ class Threshold:
     threshold: float | Float[Array, ""] | Schedule
 
     def __post_init__(self) -> None:
-        check_value("threshold", self.threshold)
+        if not isinstance(self.threshold, Schedule):
+            check_number("threshold", self.threshold, 0.0, 1.0)
+
 
     @property
     def reopens(self) -> bool:

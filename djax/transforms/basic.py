@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from djax import struct
+from djax.errors import check_integer
 from djax.types import FORBID_NOTHING, Forbidden, Logits, PartState, Reading
 
 
@@ -46,6 +47,12 @@ class ForbidTokens:
 
     token_ids: Int[Array, "n"] | Int[np.ndarray, "n"]
     vocab_limit: int | Int[Array, ""] | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("token_ids", self.token_ids)
+        if self.vocab_limit is not None:
+            check_integer("vocab_limit", self.vocab_limit, 1)
+
 
     @property
     def reads(self) -> bool:

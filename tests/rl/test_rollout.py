@@ -294,8 +294,8 @@ def test_rows_can_be_taken(warm) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"num_samples": 0}, "num_samples: got 0; it must be at least 1"),
-    ({"micro_batch": 0}, "micro_batch: got 0; it must be at least 1"),
+    ({"num_samples": 0}, "num_samples: got 0; allowed an integer of at least 1"),
+    ({"micro_batch": 0}, "micro_batch: got 0; allowed an integer of at least 1"),
     ({"row_ids": [1]}, "row_ids: got 1 ids; allowed one for each of the 2 rows (prompts times num_samples)"),
     ({"temperature": -1.0}, "temperature: got -1.0"),
     ({"top_p": 1.5}, "top_p: got 1.5"),
