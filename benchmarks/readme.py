@@ -21,7 +21,7 @@ from benchmarks import quality_report, rl_report, scaling_report
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-BLOCK = re.compile(r"(<!-- figures (\w+): python -m benchmarks\.readme -->\n).*?(\n<!-- end of figures -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- figures (\w+): python -m benchmarks\.readme -->\n\n).*?(\n\n<!-- end of figures -->)", re.DOTALL)
 
 
 def decode_section(record: dict[str, Any]) -> str:
