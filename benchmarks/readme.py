@@ -21,7 +21,8 @@ from benchmarks import quality_report, rl_report, scaling_report
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-BLOCK = re.compile(r"(<!-- figures (\w+): python -m benchmarks\.readme -->\n\n).*?(\n\n<!-- end of figures -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- figures (\w+): python -m benchmarks\.readme -->\n\n).*?(\n\n<!-- end of figures -->)", re.DOTALL)
 
 
 def decode_section(record: dict[str, Any]) -> str:
@@ -96,7 +97,8 @@ def summary() -> str:
     table = [
         ("bundled model, one token a step, no cache", f"{reference['accuracy']:.1f} % right answers, "
          f"{reference['tokens_per_second']:.0f} tokens/s"),
-        ("the same with `dinfer()`", f"{dinfer['accuracy']:.1f} %, {dinfer['tokens_per_forward']:.1f} tokens a forward, "
+        ("the same with `dinfer()`",
+         f"{dinfer['accuracy']:.1f} %, {dinfer['tokens_per_forward']:.1f} tokens a forward, "
          f"{dinfer['speedup']['median']:.1f} times as fast"),
         ("the same with `fast_dllm()`", f"{fast['accuracy']:.1f} %, {fast['tokens_per_forward']:.1f} tokens a forward, "
          f"{fast['speedup']['median']:.1f} times as fast"),

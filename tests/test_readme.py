@@ -1,4 +1,4 @@
-"""The READMEs run as printed: their Python, their commands, the flags of those that need other hardware, their links."""
+"""The READMEs run as printed: their Python, their commands, the flags of all others, their links."""
 
 from __future__ import annotations
 
