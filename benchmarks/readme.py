@@ -1,14 +1,18 @@
-"""Write the README's benchmark section from the committed results.
+"""Write the figures of the READMEs from the committed results.
 
-    python -m benchmarks.readme          # rewrites the section
-    python -m benchmarks.readme --check  # exit status 1 if it is out of date
+    python -m benchmarks.readme          # rewrites the marked blocks
+    python -m benchmarks.readme --check  # exit status 1 if one is out of date
+
+A block stands between `<!-- figures NAME: ... -->` and `<!-- end of figures -->`; NAME is one of `BLOCKS`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,9 @@ from benchmarks import quality_report, rl_report, scaling_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- benchmarks: python -m benchmarks.readme -->", "<!-- end of benchmarks -->"
+READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+BLOCK = re.compile(
+    r"(<!-- figures (\w+): python -m benchmarks\.readme -->\n\n).*?(\n\n<!-- end of figures -->)", re.DOTALL)
 
 
 def decode_section(record: dict[str, Any]) -> str:
@@ -64,43 +70,88 @@ def load_section(record: dict[str, Any]) -> str:
 
 def quality_section(record: dict[str, Any]) -> str:
     """Accuracy and forwards of every recipe on the bundled model."""
-    plot = "![Exact match against tokens per forward](benchmarks/results/quality.png)"
+    plot = "![Exact match against tokens per forward](results/quality.png)"
     return f"{quality_report.summary(record)}\n\n{plot}"
 
 
 def scaling_section(record: dict[str, Any]) -> str:
     """What several devices give and hold, measured on fake ones and planned for real ones."""
-    plot = "![Predicted scaling of one forward](benchmarks/results/scaling.png)"
+    plot = "![Predicted scaling of one forward](results/scaling.png)"
     return f"{scaling_report.markdown(record).rstrip()}\n\n{plot}"
 
 
 def rl_section(record: dict[str, Any]) -> str:
     """What policy gradients make of a spoiled model."""
-    plot = "![Held-out reward against updates](benchmarks/results/rl/rl.png)"
+    plot = "![Held-out reward against updates](results/rl/rl.png)"
     return f"{rl_report.markdown(record['runs']).rstrip()}\n\n{plot}"
 
 
-def section() -> str:
-    """The whole section, from every result that is there."""
-    writers = {"quality.json": quality_section, "decode.json": decode_section, "load.json": load_section,
-               "scaling.json": scaling_section, "rl/rl.json": rl_section}
-    texts = [write(json.loads((RESULTS / name).read_text())) for name, write in writers.items()
-             if (RESULTS / name).exists()]
-    return "\n\n".join([BEGIN, *texts, END])
+def summary() -> str:
+    """One table: the figures that a newcomer asks for, each from its own record."""
+    quality, decode, load, rl = (_record(name) for name in ("quality.json", "decode.json", "load.json", "rl/rl.json"))
+    rows = {(row["checkpoint"], row["recipe"], row["cache"]): row for row in quality["rows"]}
+    reference, dinfer = rows["base", "reference", False], rows["base", "dinfer", True]
+    fast = rows["base", "fast_dllm", True]
+    ratios = [row["ratio"]["median"] for row in decode["rows"]]
+    run = rl["runs"]["optax-trace-colocated"]
+    table = [
+        ("bundled model, one token a step, no cache", f"{reference['accuracy']:.1f} % right answers, "
+         f"{reference['tokens_per_second']:.0f} tokens/s"),
+        ("the same with `dinfer()`",
+         f"{dinfer['accuracy']:.1f} %, {dinfer['tokens_per_forward']:.1f} tokens a forward, "
+         f"{dinfer['speedup']['median']:.1f} times as fast"),
+        ("the same with `fast_dllm()`", f"{fast['accuracy']:.1f} %, {fast['tokens_per_forward']:.1f} tokens a forward, "
+         f"{fast['speedup']['median']:.1f} times as fast"),
+        ("against transformers' model in an eager PyTorch loop, same decoder",
+         f"{min(ratios):.2f} to {max(ratios):.2f} times as fast"),
+        (f"loading LLaDA-MoE, {load['parameter_bytes'] / 1e9:.1f} GB in bfloat16",
+         f"{load['load_seconds']:.0f} s, peak host memory {load['host_peak_ratio']:.2f} times the parameters"),
+        (f"GRPO on a spoiled model, {run['updates']} updates in {run['seconds'] / 60:.1f} minutes",
+         f"held-out reward {100 * run['held_out'][0]:.0f} % → {100 * run['held_out'][1]:.0f} %"),
+    ]
+    hardware = quality["hardware"]
+    return "\n".join([f"| float32 on {hardware['cores']} cores of an {hardware['cpu']} | |", "|---|---|",
+                      *(f"| {name} | {value} |" for name, value in table)])
+
+
+def _record(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return record
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "quality": lambda: quality_section(_record("quality.json")),
+    "decode": lambda: decode_section(_record("decode.json")),
+    "load": lambda: load_section(_record("load.json")),
+    "scaling": lambda: scaling_section(_record("scaling.json")),
+    "rl": lambda: rl_section(_record("rl/rl.json")),
+}
+
+
+def with_figures(text: str) -> str:
+    """The text with all its blocks written anew; each has to be one of `BLOCKS`."""
+    return BLOCK.sub(lambda block: f"{block[1]}{BLOCKS[block[2]]()}{block[3]}", text)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Write or check the blocks of every README; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a README is out of date")
     check = parser.parse_args(arguments).check
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    new = head + section() + rest.split(END)[1]
-    if check:
-        return int(new != text)
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    found: list[str] = []
+    stale = False
+    for readme in READMES:
+        text = readme.read_text(encoding="utf-8")
+        found += [block[2] for block in BLOCK.finditer(text)]
+        new = with_figures(text)
+        stale |= new != text
+        if not check:
+            readme.write_text(new, encoding="utf-8")
+    missing = sorted(BLOCKS.keys() - set(found))
+    if missing:
+        print(f"no README has the blocks {', '.join(missing)}", file=sys.stderr)
+    return int(bool(missing) or (check and stale))
 
 
 if __name__ == "__main__":
