@@ -84,7 +84,6 @@ class Vicinity:
         check_integer("before", self.before)
         check_integer("after", self.after)
 
-
     @property
     def exact(self) -> bool:
         """False: all but the window is as old as the block's first step."""
@@ -135,7 +134,6 @@ class Periodic:
     def __post_init__(self) -> None:
         check_integer("every", self.every, 1)
 
-
     @property
     def exact(self) -> bool:
         """False: `every` is a leaf, not known when a program is built."""
@@ -164,7 +162,6 @@ class WithWarmup:
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps)
-
 
     @property
     def exact(self) -> bool:

@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int, Key
 
@@ -111,7 +112,7 @@ def begin(
         block=jnp.int32(-1), blocks_entered=jnp.int32(0), step_in_block=jnp.int32(0), iterations=jnp.int32(0),
         step=zeros, nfe=zeros, refreshes=zeros,
         commit_step=jnp.full((batch, length), -1, jnp.int32), log_prob=jnp.zeros((batch, length), jnp.float32),
-        done=jnp.zeros(batch, bool), stop_reason=jnp.full(batch, StopReason.LENGTH, jnp.int32))
+        done=jnp.zeros(batch, bool), stop_reason=jnp.full(batch, np.int32(StopReason.LENGTH), jnp.int32))
 
 
 def unfinished(canvas: Canvas, state: DenoiseState) -> Bool[Array, ""]:

@@ -60,7 +60,6 @@ class Sample:
         check_number("temperature", self.temperature, 0.0, 1e30)
         check_choice("confidence", self.confidence, ("model", "drawn"))
 
-
     @property
     def reads(self) -> bool:
         """Whether nothing looks at all of the vocabulary."""

@@ -21,7 +21,6 @@ class Constant:
     def __post_init__(self) -> None:
         check_number("value", self.value)
 
-
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step` (a row's denoising steps so far, from 0), float32."""
         return jnp.broadcast_to(jnp.asarray(self.value, jnp.float32), step.shape)
@@ -48,7 +47,6 @@ class Linear:
             if not (isinstance(bound, float | np.floating) and math.isinf(bound)):
                 check_number(name, bound)
 
-
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step`, float32."""
         value = jnp.asarray(self.start, jnp.float32) + jnp.asarray(self.slope, jnp.float32) * step.astype(jnp.float32)
@@ -67,7 +65,6 @@ class Cosine:
         check_number("start", self.start)
         check_number("end", self.end)
         check_number("steps", self.steps, 0.0, above=True)
-
 
     def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
         """Value at `step`, float32."""

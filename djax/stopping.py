@@ -47,7 +47,6 @@ class OnEos:
     def __post_init__(self) -> None:
         check_integer("eos_ids", self.eos_ids)
 
-
     def step(
         self, tokens: Int[Array, "B T"], is_open: Bool[Array, "B T"], is_masked: Bool[Array, "B T"], info: StepInfo
     ) -> Bool[Array, "B"]:

@@ -339,7 +339,7 @@ def test_wrong_arguments_are_named(golden_lm, change, message):
 
 
 def test_recipes_refuse_what_they_do_not_know():
-    with pytest.raises(ValueError, match="cache: got 'tripel'; allowed: none, prefix, dual"):
+    with pytest.raises(ValueError, match="cache: got 'tripel'; allowed none, prefix, dual"):
         recipes.fast_dllm(cache="tripel")
 
 

@@ -24,7 +24,6 @@ class Factor:
     def __post_init__(self) -> None:
         check_number("factor", self.factor, 0.0)
 
-
     @property
     def reopens(self) -> bool:
         """False: it only commits."""

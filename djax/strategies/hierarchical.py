@@ -32,7 +32,6 @@ class Hierarchical:
         if isinstance(self.low, float | int) and isinstance(self.high, float | int):
             check_number("low", self.low, 0.0, self.high, advice="lower it or raise high")
 
-
     @property
     def reopens(self) -> bool:
         """False: it only commits."""

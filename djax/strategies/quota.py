@@ -24,7 +24,6 @@ class Quota:
     def __post_init__(self) -> None:
         check_integer("steps", self.steps, 1)
 
-
     @property
     def reopens(self) -> bool:
         """False: it only commits."""

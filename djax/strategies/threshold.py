@@ -25,7 +25,6 @@ class Threshold:
         if not isinstance(self.threshold, Schedule):
             check_number("threshold", self.threshold, 0.0, 1.0)
 
-
     @property
     def reopens(self) -> bool:
         """False: it only commits."""

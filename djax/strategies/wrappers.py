@@ -64,7 +64,6 @@ class Remasking:
     def __post_init__(self) -> None:
         check_number("threshold", self.threshold, 0.0, 1.0)
 
-
     @property
     def reopens(self) -> bool:
         """True."""

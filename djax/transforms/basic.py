@@ -49,10 +49,9 @@ class ForbidTokens:
     vocab_limit: int | Int[Array, ""] | None = None
 
     def __post_init__(self) -> None:
-        check_integer("token_ids", self.token_ids)
+        check_integer("token_ids", self.token_ids, -(2**31))  # negative ones forbid nothing
         if self.vocab_limit is not None:
             check_integer("vocab_limit", self.vocab_limit, 1)
-
 
     @property
     def reads(self) -> bool:

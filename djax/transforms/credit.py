@@ -41,7 +41,6 @@ class Credit:
         check_number("beta", self.beta, 0.0, 1.0)
         check_number("gamma", self.gamma, 0.0)
 
-
     @property
     def reads(self) -> bool:
         """True: only the slots' logits change."""
