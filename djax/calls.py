@@ -11,7 +11,7 @@ import numpy as np
 
 from djax.config import ModelConfig
 from djax.errors import ArgumentError, check_integer, check_number, shown
-from djax.proposals import Greedy, RefuseToken, Sample
+from djax.proposals import LARGEST_TEMPERATURE, Greedy, RefuseToken, Sample
 from djax.state import Parts
 from djax.stopping import AnyOf, Never, OnEos
 from djax.transforms import Chain, ForbidTokens, MinP, TopK, TopP
@@ -45,7 +45,7 @@ class CallOptions:
             object.__setattr__(self, name, _scalar(name, getattr(self, name)))
         check_integer("block_length", self.block_length, 1)
         # above, noise times temperature could overflow; below float32's smallest normal number, 0 is meant
-        check_number("temperature", self.temperature, 0.0, 1e30)
+        check_number("temperature", self.temperature, 0.0, LARGEST_TEMPERATURE)
         if self.top_k is not None:
             check_integer("top_k", self.top_k, 1)
         if self.top_p is not None:

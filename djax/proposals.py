@@ -14,6 +14,9 @@ from djax.errors import check_choice, check_integer, check_number
 from djax.types import Candidates, Filter, Logits, Noise, Propose, Reading
 from kernels_pallas import gumbel_noise
 
+LARGEST_TEMPERATURE = 2.0**100
+"""A draw's: above, noise times temperature could overflow float32."""
+
 
 @struct.dataclass
 class Greedy:
@@ -57,7 +60,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         # above, noise times temperature could overflow
-        check_number("temperature", self.temperature, 0.0, 1e30)
+        check_number("temperature", self.temperature, 0.0, LARGEST_TEMPERATURE)
         check_choice("confidence", self.confidence, ("model", "drawn"))
 
     @property
