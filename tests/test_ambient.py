@@ -186,10 +186,7 @@ np.savez(os.environ["OUT"], **got)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setup", [
-    "jax.config.update('jax_enable_x64', True)", "jax.config.update('jax_default_prng_impl', 'rbg')",
-    "jax.config.update('jax_numpy_dtype_promotion', 'strict')\njax.config.update('jax_numpy_rank_promotion', 'raise')",
-    "jax.set_mesh(jax.make_mesh((2,), ('data',)))"], ids=["x64", "rbg", "strict", "mesh"])
+@pytest.mark.parametrize("setup", ["jax.config.update('jax_enable_x64', True)"], ids=["x64"])
 def test_a_process_under_a_setting_gives_the_same(lm, tmp_path, setup) -> None:
     """Set before djax is imported, for everything that happens at import."""
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
