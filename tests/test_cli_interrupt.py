@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from djax import api, assets
 from djax.cli import app
+from tests.conftest import press_ctrl_c
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens" / "llada_moe"
@@ -46,7 +47,7 @@ def interrupted(golden_lm, monkeypatch):
         put(self, generation)
         calls.append(1)
         if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
+            press_ctrl_c()
 
     monkeypatch.setattr(Reached, "put", press)
     yield

@@ -20,7 +20,7 @@ from tests.test_distributed import free_port, start
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8]]
-MODEL = ["--model", str(GOLDENS), "--dtype", "float32", "--mask-id", "150", "--block-length", "8", "--json"]
+MODEL = ["--model", str(GOLDENS), "--dtype", "float32", "--mask-id", "150", "--block-length", "8", "--json-full"]
 GENERATE = [*MODEL, "--recipe", "fast_dllm", "--threshold", "0.02", "--max-new-tokens", "8"]
 
 

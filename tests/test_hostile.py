@@ -60,7 +60,7 @@ WRONG_PARTS: list[tuple[Any, dict[str, Any]]] = [
     (strategies.Factor, {"factor": NAN}), (strategies.Hierarchical, {"low": 0.9, "high": 0.2}),
     (strategies.Hierarchical, {"high": 7, "low": 0.1}), (transforms.Credit, {"beta": 7.0}),
     (transforms.Credit, {"alpha": NAN}), (transforms.Credit, {"gamma": -1}),
-    (transforms.ForbidTokens, {"token_ids": [0.5]}), (transforms.ForbidTokens, {"token_ids": [-1]}),
+    (transforms.ForbidTokens, {"token_ids": [0.5]}), (transforms.ForbidTokens, {"token_ids": [2**31]}),
     (proposals.Sample, {"temperature": -1.0}), (proposals.Sample, {"temperature": 1e39}),
     (cache_policies.Vicinity, {"before": -4, "after": 2}), (cache_policies.Vicinity, {"after": 1.5}),
     (stopping.OnEos, {"eos_ids": [-1]}), (schedules.Constant, {"value": NAN}),

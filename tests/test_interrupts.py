@@ -16,6 +16,7 @@ from djax.errors import ArgumentError
 from djax.generation import StreamStep, draft_texts, tokens_per_forward
 from djax.interrupts import Hold, Pace
 from djax.live import LiveCanvas
+from tests.conftest import press_ctrl_c
 
 PROMPTS = [[98, 107, 10, 66, 130], [124, 103, 77, 122, 91, 149, 55, 129, 35], [72]]
 MASK = 155
@@ -70,7 +71,7 @@ def test_an_interrupt_ends_a_generation_between_two_stretches(step_by_step):
 
     def press(got: djax.Generation) -> None:
         seen.append(got)
-        signal.raise_signal(signal.SIGINT)
+        press_ctrl_c()
 
     with pytest.raises(KeyboardInterrupt):
         step_by_step.generate(PROMPTS, watch=press, **CALL)
@@ -127,7 +128,7 @@ def test_ctrl_c_waits_for_a_compilation():
         with hold.armed():
             hold.begin()
             for _ in range(presses):
-                signal.raise_signal(signal.SIGINT)
+                press_ctrl_c()
             done.append("compiled")
 
     with pytest.raises(KeyboardInterrupt):

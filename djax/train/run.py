@@ -63,6 +63,7 @@ def train(
         weights=LossWeights(balance=training.balance, router_z=training.router_z), accumulate=training.accumulate,
         remat=training.remat, vocab_chunk=training.vocab_chunk, compute_dtype=training.compute_dtype or model.dtype,
         objective=objective or (block_diffusion_loss if training.objective == "block" else masked_diffusion_loss))
+    batches(0)  # a wrong example is an error before anything is announced
     with _progress(training.steps, Path(training.output)) as report:
         try:
             state = fit(

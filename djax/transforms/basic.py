@@ -43,13 +43,13 @@ class Identity:
 
 @struct.dataclass
 class ForbidTokens:
-    """Drops `token_ids`, and every id from `vocab_limit` on (the vocabulary is padded past the tokenizer)."""
+    """Drops `token_ids` (negative ones are none), and every id from `vocab_limit` on (a padded vocabulary's rest)."""
 
     token_ids: Int[Array, "n"] | Int[np.ndarray, "n"]
     vocab_limit: int | Int[Array, ""] | None = None
 
     def __post_init__(self) -> None:
-        check_integer("token_ids", self.token_ids, -(2**31))  # negative ones forbid nothing
+        check_integer("token_ids", self.token_ids, -(2**31))
         if self.vocab_limit is not None:
             check_integer("vocab_limit", self.vocab_limit, 1)
 
