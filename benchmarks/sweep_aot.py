@@ -1,8 +1,8 @@
 """Programs of every small size compiled for hardware that is not here: what is chosen by default is also accepted.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.sweep_aot                  # one H200: block lengths, prompts and logits to 65
+    JAX_PLATFORMS=cpu python -m benchmarks.sweep_aot                # one H200: block lengths, prompts, logits to 65
     JAX_PLATFORMS=cpu python -m benchmarks.sweep_aot --topology v5e:1x1
-    JAX_PLATFORMS=cpu python -m benchmarks.sweep_aot --largest 9      # the first sizes, a minute or two
+    JAX_PLATFORMS=cpu python -m benchmarks.sweep_aot --largest 9    # the first sizes, minutes
 
 A model of two layers with heads of 128 runs in bfloat16. A generation's program is compiled for every block length and
 every prompt length, once where several share it (prompts are rounded up), a forward for every number of tokens. Needs

@@ -338,6 +338,7 @@ def test_calls_outside_of_jit_compile_once(lm, compilations, differentiated) -> 
     assert len(compilations) == before
 
 
+@pytest.mark.slow
 def test_a_jitted_update_is_compiled_once(lm, compilations) -> None:
     """The loop that the README prints."""
     optimizer = optax.sgd(1e-3)

@@ -173,8 +173,8 @@ def test_text_in_text_out(bundled):
     by_chat, by_ids = (bundled.generate([first, "Hello"], **arguments) for first in (chat, ids))
     assert by_chat.tokens[0].tolist() == by_ids.tokens[0].tolist()
     assert by_chat.text[0] == by_ids.text[0]
-    single = bundled.generate("Hello", **arguments)
-    assert single.text == by_chat.text[1:]
+    again = bundled.generate(["Hello"] * 2, **arguments)
+    assert again.text == by_chat.text[1:] * 2
     # The vocabulary is padded past the tokenizer: those ids never come out.
     hot = bundled.generate(["Hello"] * 2, temperature=50.0, **arguments)
     assert hot.canvas[hot.is_open].max() < bundled.tokenizer.size < bundled.config.vocab_size
@@ -182,15 +182,16 @@ def test_text_in_text_out(bundled):
 
 def test_text_is_trimmed_at_the_first_eos(bundled):
     arguments = {"recipe": DUAL, "max_new_tokens": 16, "block_length": 8}
-    free = bundled.generate(["Hello"], stop_on_eos=False, **arguments)
+    prompts = ["Hello"] * 2  # the shape of the test above
+    free = bundled.generate(prompts, stop_on_eos=False, **arguments)
     eos = int(free.canvas[0][free.is_open[0]][4])
     for stop in (True, False):
-        out = bundled.generate(["Hello"], eos_id=eos, stop_on_eos=stop, **arguments)
+        out = bundled.generate(prompts, eos_id=eos, stop_on_eos=stop, **arguments)
         first = int(np.flatnonzero(out.canvas[0][out.is_open[0]] == eos)[0])
         assert out.lengths[0] == first + 1
         assert out.tokens[0][-1] == eos
         assert out.text[0] == bundled.tokenizer.decode(out.tokens[0][:-1])
-        assert out.stop_reason == ["eos" if stop else "length"]
+        assert out.stop_reason == ["eos" if stop else "length"] * 2
         assert out.nfe[0] < free.nfe[0] or not stop
 
 
@@ -207,13 +208,13 @@ def test_infill_keeps_pinned_tokens(golden_lm):
         assert not np.isin(filled[np.asarray(mask)], [MASK, EOS]).any()
     assert out.nfe[2] == 0
     assert out.stop_reason == ["length"] * 3
-    alone = golden_lm.infill(rows[1], masks[1], recipe=DUAL, block_length=8, mask_id=MASK)
-    assert alone.tokens[0].tolist() == out.tokens[1].tolist()
+    turned = golden_lm.infill(rows[::-1], masks[::-1], recipe=DUAL, block_length=8, mask_id=MASK)
+    assert [row.tolist() for row in turned.tokens] == [row.tolist() for row in out.tokens[::-1]]
 
 
 def test_a_literal_mask_id_in_a_prompt_survives(golden_lm):
     prompt = [5, MASK, 7, MASK, MASK]
-    out = golden_lm.generate([prompt, [1]], recipe=DUAL, **SHAPE)
+    out = golden_lm.generate([prompt, *PROMPTS[1:]], recipe=DUAL, **SHAPE)
     assert out.canvas[0][out.canvas_mask[0]][:5].tolist() == prompt
     assert out.is_open[0].sum() == 20
 

@@ -31,6 +31,7 @@ def twin(directory: Path) -> Any:
     return TorchTwin(directory, threads=1)
 
 
+@pytest.mark.slow
 def test_tiny_run_in_both_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command as it is used: two workers in turn, a table, a record; both decode the same."""
     pytest.importorskip("torch", reason="the twin needs torch (pip install djax[oracle], Python 3.11)")

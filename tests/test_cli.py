@@ -542,6 +542,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+@pytest.mark.slow
 def test_live_view_on_a_terminal() -> None:
     """A real terminal: masks are drawn, the view goes away, the text and a summary stay."""
     main, worker = pty.openpty()

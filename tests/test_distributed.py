@@ -69,6 +69,7 @@ def both(place: Path) -> list[dict[str, Any]]:
     return finish_both(start_both("whole", place))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_tokens_of_one_device(both, golden_lm):
     arguments = {"recipe": driver.recipe(), **driver.CALL}
     one = driver.arrays(golden_lm.generate(driver.PROMPTS, key=3, temperature=1.0, **arguments))
@@ -84,6 +85,7 @@ def test_two_processes_give_the_tokens_of_one_device(both, golden_lm):
         np.testing.assert_allclose(result["logits"], logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_wrong_calls_are_errors_on_every_process(both):
     first, second = (result["errors"] for result in both)
     for name in ("prompts", "none", "key", "recipe", "call", "both fail"):
@@ -101,6 +103,7 @@ def test_wrong_calls_are_errors_on_every_process(both):
     assert "process 0 of 2" in both[1]["save over"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["saved", "converted"])
 def test_what_two_processes_write_is_the_checkpoint(both, place, name):
     convert.verify(place / name)
@@ -111,6 +114,7 @@ def test_what_two_processes_write_is_the_checkpoint(both, place, name):
     assert [path.name for path in place.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_each_process_reads_its_part_only(both, place):
     """Bytes that the loader asks of the files are those of the process's shards, however these are cut out."""
     stored = builders.tensors()
@@ -156,9 +160,9 @@ def run_until(process: subprocess.Popen[str], line: str) -> None:
     raise AssertionError(process.communicate()[1][-2000:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "victim"), [
-    ("forever", 1), pytest.param("forever", 0, marks=pytest.mark.slow),
-    pytest.param("waiting", 1, marks=pytest.mark.slow), pytest.param("waiting", 0, marks=pytest.mark.slow)])
+    ("forever", 1), ("forever", 0), ("waiting", 1), ("waiting", 0)])
 def test_a_process_that_dies_ends_the_other(task, victim, tmp_path):
     """Killed within a generation, or while the other waits for its prompts: an error that says so, soon."""
     running = start_both(task, tmp_path)

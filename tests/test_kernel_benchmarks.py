@@ -296,6 +296,7 @@ def test_speed_is_compared_with_the_fastest_baseline_on_the_same_shape() -> None
 # ---- what is measured is what it says
 
 
+@pytest.mark.slow
 def test_the_windowed_forward_is_the_models_and_eight_bits_come_near() -> None:
     network = Network(TINY)
     length = TINY.main[1]

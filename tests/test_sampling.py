@@ -143,6 +143,7 @@ def decode_scripted(logits: jax.Array, key: jax.Array, temperature: jax.Array) -
                    strategy=strategies.RandomOrder(strategies.Quota(LENGTH)))
 
 
+@pytest.mark.slow
 def test_frequencies_through_the_loop() -> None:
     for temperature in (0.3, 1.0, 2.0):
         counts, steps = np.zeros(VOCAB), np.zeros((LENGTH, LENGTH))

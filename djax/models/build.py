@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
@@ -21,12 +23,21 @@ _ARCHITECTURES: dict[type, Any] = {LladaMoeConfig: LladaMoe, Llada2MoeConfig: Ll
 
 
 def _construct(config: ModelConfig, rngs: nnx.Rngs, kernels: Kernels, parallel: Parallel = WHOLE) -> Model:
+    model: Model = _architecture(config)(config, rngs=rngs, kernels=kernels, parallel=parallel)
+    return model
+
+
+def _architecture(config: ModelConfig) -> Any:
     if type(config) not in _ARCHITECTURES:
         raise ValueError(
             f"config: got a {type(config).__name__}; there are models for "
             f"{', '.join(kind.__name__ for kind in _ARCHITECTURES)}")
-    model: Model = _ARCHITECTURES[type(config)](config, rngs=rngs, kernels=kernels, parallel=parallel)
-    return model
+    return _ARCHITECTURES[type(config)]
+
+
+@functools.lru_cache(maxsize=32)  # seconds for a hundred layers, and a load asks several times
+def _abstract(config: ModelConfig, kernels: Kernels, parallel: Parallel) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: _construct(config, nnx.Rngs(0), kernels, parallel)))
 
 
 @without_mesh()
@@ -39,7 +50,10 @@ def build(config: ModelConfig, *, kernels: Kernels = Kernels(), parallel: Parall
     Raises:
         ValueError: no model for this kind of configuration.
     """
-    return nnx.eval_shape(lambda: _construct(config, nnx.Rngs(0), kernels, parallel))
+    _architecture(config)  # what is no configuration need not be hashable
+    graphdef, state = _abstract(config, kernels, parallel)
+    model: Model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
+    return model
 
 
 def abstract_params(config: ModelConfig) -> nnx.State:

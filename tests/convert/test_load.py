@@ -351,6 +351,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_on_eight_devices_each_holds_its_slice(checkpoint: Path, tmp_path: Path) -> None:
     converted = convert.convert(checkpoint, tmp_path / "converted")
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

@@ -235,6 +235,7 @@ print("sharded ok", jax.device_count())
 """
 
 
+@pytest.mark.slow
 def test_under_jit_on_eight_devices() -> None:
     """In a process of its own: the number of devices is fixed before JAX starts."""
     script = f"import jax; jax.config.update('jax_num_cpu_devices', 8)\n{_SHARDED}"

@@ -142,6 +142,7 @@ def test_a_mask_for_each_query_says_all(params: Any, tokens: np.ndarray) -> None
     assert relative(model.unembed(plain), logits) < 1e-6
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_weight_but_the_routers_bias(params: Any, tokens: np.ndarray) -> None:
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
 

@@ -267,6 +267,7 @@ def test_pinned_tokens_come_back(tiny_lm) -> None:
     assert ended.forbidden.ids.tolist() == [MASK]
 
 
+@pytest.mark.slow
 def test_blocks_of_attention_are_blocks_of_rollouts() -> None:
     """Without being asked for: pins of a ragged batch as each row alone, and replayed by the scorer."""
     lm = djax.load(GOLDENS, dtype="float32", mask_id=150, eos_id=151)

@@ -88,6 +88,7 @@ def directional(function: Callable[[Any], jax.Array], params: Any, *, step: floa
     return float(exact), float((up - down) / (2 * step)), gradient
 
 
+@pytest.mark.slow
 def test_gradients_agree_with_finite_differences(tiny_lm, given, states) -> None:
     factor = jnp.asarray(np.random.default_rng(0).normal(size=given.tokens.shape), jnp.float32)
 

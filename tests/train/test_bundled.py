@@ -113,6 +113,7 @@ def test_held_out_questions_are_answered(
     assert answers(name, recipes.dinfer(cache=False))[1] >= 0.8
 
 
+@pytest.mark.slow
 def test_the_command_answers_a_held_out_question_without_network() -> None:
     example = next(example for example in EXAMPLES if example.task == "addition")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "JAX_PLATFORMS": "cpu"}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
+import jax
 import pytest
 from typer.testing import CliRunner, Result
 
 import djax
+from convert import save
+from djax import assets
 from djax.cli import app
+from djax.models import init_params
 
 RUN = """
 [data]
@@ -29,15 +34,27 @@ save_every = 1
 """
 
 
+def tiny_checkpoint(directory: Path) -> Path:
+    """The bundled tokenizer, and one narrow layer."""
+    config = dataclasses.replace(
+        djax.load().config, num_layers=1, hidden_size=8, num_heads=2, num_kv_heads=2, head_dim=4, num_experts=2,
+        experts_per_token=1, expert_size=4)
+    return save(directory, init_params(config, jax.random.key(0))[1], config=config, text_files=assets.path())
+
+
 def train(path: Path, text: str) -> Result:
     path.write_text(text)
     return CliRunner().invoke(app, ["train", str(path)])
 
 
-@pytest.mark.parametrize("objective", [pytest.param("masked", marks=pytest.mark.slow), "block"])
-def test_a_run_gives_a_model_and_goes_on(objective: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("objective", "bundled"), [
+    ("block", False), pytest.param("block", True, marks=pytest.mark.slow),
+    pytest.param("masked", True, marks=pytest.mark.slow)])
+def test_a_run_gives_a_model_and_goes_on(objective: str, bundled: bool, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     run = RUN + f'objective = "{objective}"\n'
+    if not bundled:
+        run += f'[model]\nsource = "{tiny_checkpoint(tmp_path / "tiny")}"\n'
     done = train(config, run)
     assert done.exit_code == 0, done.output
     assert str(tmp_path / "out" / "model") in done.output

@@ -125,6 +125,7 @@ def test_options_reach_the_optimizer() -> None:
     assert second_update(momentum=0.5) == pytest.approx(-0.75)
 
 
+@pytest.mark.slow
 def test_muon_takes_experts_one_by_one_and_projections_whole() -> None:
     config = LladaMoeConfig(**{**CONFIG, "num_kv_heads": 1})
     params = jax.tree.map(jnp.asarray, nnx.to_pure_dict(init_params(config, jax.random.key(0))[1]))

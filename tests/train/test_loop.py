@@ -50,6 +50,7 @@ def start(directory: Path | str, *, steps: int = STEPS, devices: int = 1, limit:
         env=os.environ | {"JAX_PLATFORMS": "cpu"})  # the same XLA_FLAGS: bits depend on the optimiser
 
 
+@pytest.mark.slow
 def test_a_run_cut_anywhere_and_resumed_gives_the_same_weights(whole: tuple[Path, str], tmp_path: Path) -> None:
     """Cut after update 3 is logged and before it is saved, so that it is done again."""
     def cut(done: int, _: Any) -> None:
@@ -78,7 +79,8 @@ def test_training_learns() -> None:
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
 
 
-@pytest.mark.parametrize("objective", ["masked", pytest.param("block", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["masked", "block"])
 def test_one_and_eight_devices_have_the_same_loss_curve(objective: str) -> None:
     """Data parallel over four, experts over two; in processes of their own, where devices can be chosen."""
     runs = [start("-", devices=devices, objective=objective) for devices in (1, 8)]
@@ -114,6 +116,7 @@ def test_accumulation_is_the_mean_of_interleaved_microbatches() -> None:
         make_step(graphdef, optimizer, mask_id=63, accumulate=3)(new, batch, key)
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_master_weights() -> None:
     config = LladaMoeConfig(**CONFIG)
     graphdef, params = init_params(config, jax.random.key(0))
