@@ -11,9 +11,12 @@ import pytest
 
 # Compiling dominates the suite, and the programs are tiny: LLVM without its optimiser takes half the time, and XLA's
 # own emitter of fusions two thirds of what the MLIR one takes.
-os.environ["XLA_FLAGS"] = " ".join([
-    os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
-    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"]).strip()
+FAST_COMPILE = ("--xla_backend_optimization_level=0 "
+                "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), FAST_COMPILE]).strip()
+# A shell that starts a command in the background has it ignore SIGINT, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Programs compiled once serve the other worker, the processes that tests start, and the next run. XLA's own key holds

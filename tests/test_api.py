@@ -18,6 +18,7 @@ import djax
 from djax import recipes
 from djax.canvas import bucket_size
 from djax.transforms import ForbidTokens
+from tests.conftest import FAST_COMPILE
 
 PROMPTS = [[98, 107, 10, 66, 130], [124, 103, 77, 122, 91, 149, 55, 129, 35], [72]]
 MASK, EOS = 155, 152
@@ -227,6 +228,7 @@ def test_logits_are_padded_on_the_left(golden_lm):
         np.testing.assert_allclose(whole[row, 9 - len(prompt):], golden_lm.logits([prompt])[0], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_guidance_counts_two_forwards(golden_lm):
     arguments = {"recipe": recipes.llada(), "stop_on_eos": False, **SHAPE}
     plain, guided = golden_lm.generate(PROMPTS, **arguments), golden_lm.generate(PROMPTS, guidance=0.0, **arguments)
@@ -365,7 +367,7 @@ def test_eight_devices_give_the_tokens_of_one():
     """)
     import os
 
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})

@@ -57,6 +57,7 @@ def test_all_cases_are_covered():
     assert sum(_program(case) == program for program in PROGRAMS for case in CASES) == 359
 
 
+@pytest.mark.slow
 def test_the_command_notices_a_difference(tmp_path, capsys):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((GOLDENS / name).read_bytes())

@@ -365,6 +365,7 @@ def test_the_tests_tables_are_checks() -> None:
         assert of(op)[1].prepare()()["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_torch_runs_the_same_forward() -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is measured where it is (pip install djax[oracle])")
     from benchmarks.torch_moe import TorchNetwork
@@ -381,6 +382,7 @@ def test_torch_runs_the_same_forward() -> None:
 # ---- the command
 
 
+@pytest.mark.slow
 def test_tiny_run_writes_everything(tmp_path: Path) -> None:
     """As a user calls it: a process of its own that starts another."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--output", str(tmp_path / "out"), "--tiny", "--only", "unembed",

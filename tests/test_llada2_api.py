@@ -19,6 +19,7 @@ def lm() -> djax.DiffusionLM:
     return djax.load(GOLDENS, dtype="float32", mask_id=150, eos_id=151)
 
 
+@pytest.mark.slow
 def test_a_row_of_a_ragged_batch_is_the_row_alone(lm: djax.DiffusionLM) -> None:
     """Blocks are on every row's own grid without being asked for, with the recipe and block length of the model."""
     batch = lm.generate(PROMPTS, max_new_tokens=40)

@@ -120,7 +120,8 @@ def assert_same(got: Result, expected: Result) -> None:
     np.testing.assert_allclose(got.log_prob, expected.log_prob, atol=1e-4)
 
 
-@pytest.mark.parametrize("block_length", [BLOCK, pytest.param(2 * BLOCK, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("block_length", [BLOCK, 2 * BLOCK])
 def test_a_ragged_batch_is_what_it_is_without_a_cache(block_length: int) -> None:
     """Also where two of the model's blocks are decoded together."""
     exact, cached = drawn(NoCache(), block_length), drawn(BlockCausal(), block_length)

@@ -168,7 +168,7 @@ def product_of(*axes: Any, default: list[tuple[str, ...]]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("cache", "soft"), product_of(
-    CACHES, SMOOTHINGS, default=[("prefix", "hard"), ("periodic", "soft")]))
+    CACHES, SMOOTHINGS, default=[("prefix", "hard")]))
 def test_product(cache: str, soft: str) -> None:
     """On logits: 84 cases."""
     parts = shared_parts(cache, soft, list(TRANSFORMS))
@@ -177,7 +177,7 @@ def test_product(cache: str, soft: str) -> None:
 
 
 @pytest.mark.parametrize(("cache", "soft", "propose"), product_of(CACHES, SMOOTHINGS, PROPOSALS, default=[
-    ("dual", "hard", "greedy"), ("vicinity", "soft", "sample")]))
+    ("vicinity", "soft", "sample")]))
 def test_product_on_readings(cache: str, soft: str, propose: str) -> None:
     """The transforms that can do with a reading: 18 cases."""
     parts = shared_parts(cache, soft, READERS) | {"propose": PROPOSALS[propose][0]}
@@ -185,6 +185,7 @@ def test_product_on_readings(cache: str, soft: str, propose: str) -> None:
     check_all(parts, transforms=READERS, cache=cache, soft=soft, proposes=[propose])
 
 
+@pytest.mark.slow
 def test_cases_differ() -> None:
     """The oracle's answer depends on every axis: no part of the table is a decoration."""
     base = ("identity", "remasking", "dual", "hard", "greedy")

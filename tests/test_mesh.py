@@ -15,9 +15,10 @@ from jax.sharding import AbstractMesh, AxisType
 import djax
 from djax.models import init_params, parallel_on
 from djax.sharding import DEFAULT_RULES, PRESETS, make_mesh, parse_mesh, preset_sizes, rules_for
+from tests.conftest import FAST_COMPILE
 from tests.mesh_driver import CONFIG
 
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 
 
 def run(job: str) -> str:
@@ -107,7 +108,7 @@ def test_the_names_of_other_libraries(sizes: dict[str, int]) -> None:
     assert "fsdp" in parallel.experts
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("axis_type", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit])
 def test_a_mesh_that_no_rule_uses_is_refused(axis_type: AxisType) -> None:
     with pytest.raises(ValueError, match="mesh: no rule uses its axis 'rows' of 2 devices; the rules use"):
         djax.DiffusionLM(CONFIG, None, mesh=abstract(rows=2))  # type: ignore[arg-type]

@@ -128,7 +128,9 @@ def decode(denoiser: Any, **parts: Any) -> Any:
                       "propose": proposals.Sample(0.7)} | parts)
 
 
-@pytest.mark.parametrize("soft", [smoothing.HardTokens(), smoothing.SoftTokens()], ids=["hard", "soft"])
+@pytest.mark.parametrize("soft", [
+    pytest.param(smoothing.HardTokens(), id="hard", marks=pytest.mark.slow),
+    pytest.param(smoothing.SoftTokens(), id="soft")])
 def test_the_loop_takes_readings_where_it_can(soft: Any) -> None:
     with_reading, without = [], []
     first = decode(Counting(asked=with_reading), smoothing=soft)

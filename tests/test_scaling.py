@@ -13,6 +13,7 @@ from djax.plan_request import Request
 from djax.published import PUBLISHED
 
 
+@pytest.mark.slow
 def test_one_shard_is_timed_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert scaling.main(["--shard", "2", "--tiny", "--output", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "scaling-shard-2.json").read_text())

@@ -57,6 +57,7 @@ def test_every_length_is_that_of_whole_blocks(lm: djax.DiffusionLM) -> None:
     assert differ >= 5
 
 
+@pytest.mark.slow
 def test_streams_and_rollouts_are_cut_alike(lm: djax.DiffusionLM) -> None:
     new = 13
     want = lm.generate(PROMPTS, max_new_tokens=new, eos_id=EOS, **CALL)

@@ -69,6 +69,7 @@ def test_auto_leaves_the_dtype_to_the_tensors(tmp_path: Path) -> None:
     assert load_params(directory)[0].dtype == "float16"
 
 
+@pytest.mark.slow
 def test_several_tokens_end_a_sequence(tmp_path: Path) -> None:
     """A list in config.json, and those of generation_config.json, which chat models have alone."""
     several = model_config({**CONFIG, "eos_token_id": [20, 3]})

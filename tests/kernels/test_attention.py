@@ -15,6 +15,7 @@ from kernels_pallas.attention import IMPLEMENTATIONS
 from kernels_pallas.attention.pallas_mosaic_gpu import ROWS, Plan, attention_mosaic_gpu, make_plan
 from kernels_pallas.attention.pallas_tpu import attention_pallas_tpu
 from kernels_pallas.attention.xla import attention_xla
+from tests.cover import in_turn
 
 from .attention_cases import CASES, Case, operands, oracle
 
@@ -54,8 +55,7 @@ def assert_equals_the_loop(got: jax.Array, case: Case) -> None:
         np.asarray(got, np.float64) / scale, expected / scale, atol=tolerance, rtol=0, err_msg=f"seed {SEED}")
 
 
-@pytest.mark.parametrize("implementation", XLA_NAMES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@in_turn(CASES, XLA_NAMES)
 def test_equals_the_loop(case: Case, implementation: str | None) -> None:
     arrays, keywords = operands(case, SEED)
     assert_equals_the_loop(run(*arrays, **keywords, implementation=implementation), case)
@@ -150,8 +150,7 @@ def assert_gradients_are_slopes(function: Any, arrays: Any, keywords: dict[str, 
         assert abs(got - slope) < tolerance * max(1, abs(slope)), (index, got, slope)
 
 
-@pytest.mark.parametrize("implementation", XLA_NAMES, ids=str)
-@pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda case: case.name)
+@in_turn(GRADIENT_CASES, XLA_NAMES)
 def test_gradients_are_the_loops_slopes(case: Case, implementation: str | None) -> None:
     arrays, keywords = operands(case, SEED)
     assert_gradients_are_slopes(

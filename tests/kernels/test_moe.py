@@ -16,6 +16,7 @@ import pytest
 from kernels_pallas import moe, moe_choice
 from kernels_pallas.moe import IMPLEMENTATIONS
 from kernels_pallas.moe.xla_grouped import ALIGNMENT, BLOCK_SIZES, block_sizes, capacity, plan_rows
+from tests.cover import in_turn
 
 from .moe_cases import CASES, Case, operands, oracle
 
@@ -31,7 +32,7 @@ def implementation(request: pytest.FixtureRequest) -> str | None:
     return request.param
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@in_turn(CASES, NAMES)
 def test_equals_the_loop(case: Case, implementation: str | None) -> None:
     arguments = operands(case, SEED)
     expected = oracle(*arguments)
@@ -72,11 +73,11 @@ def test_an_expert_that_no_row_chose_is_not_seen(implementation: str | None) -> 
     np.testing.assert_array_equal(got, clean)
 
 
-@pytest.mark.parametrize("case", [
+@in_turn([
     Case(name="few", rows=9, slots=3, experts=4, width=5, model=6),
     Case(name="uneven", rows=60, slots=2, experts=8, width=5, model=6, routing="uneven"),
     Case(name="out_of_range", rows=21, slots=3, width=5, model=6, routing="out_of_range"),
-], ids=lambda case: case.name)
+], NAMES)
 def test_gradients_are_the_loops_slopes(case: Case, implementation: str | None) -> None:
     x, ids, weights, *matrices = operands(case, SEED)
     rng = np.random.default_rng(SEED)

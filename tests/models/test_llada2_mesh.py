@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+from tests.conftest import FAST_COMPILE
+
+FLAGS = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("presets", [
-    ("sp_tp_ep",), pytest.param(("dp_tp_ep", "tp_ep", "dp_tp", "dp_ep", "sp_tp", "sp_ep"), marks=pytest.mark.slow)],
-    ids="+".join)
+    ("sp_tp_ep",), ("dp_tp_ep", "tp_ep", "dp_tp", "dp_ep", "sp_tp", "sp_ep")], ids="+".join)
 def test_a_mesh_gives_the_tokens_of_one_device(presets: tuple[str, ...]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.models.llada2_mesh_driver", *presets], cwd=Path(__file__).parents[2],

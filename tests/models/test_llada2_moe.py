@@ -327,7 +327,8 @@ def test_every_parameter_has_its_place_and_its_axes() -> None:
     assert jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(abstract_params(golden.CONFIG))) == shapes
 
 
-@pytest.mark.parametrize(("config", "billions"), [(MINI, 16.256), (FLASH, 102.890)], ids=["mini", "flash"])
+@pytest.mark.parametrize(("config", "billions"), [
+    pytest.param(MINI, 16.256, id="mini"), pytest.param(FLASH, 102.890, id="flash", marks=pytest.mark.slow)])
 def test_the_full_size_models_are_built_without_memory(config: Llada2MoeConfig, billions: float) -> None:
     sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(config))]
     assert round(sum(sizes) / 1e9, 3) == billions

@@ -192,6 +192,7 @@ def test_bfloat16_is_as_near_as_bfloat16_gets(index: int) -> None:
     assert ours < 1.5e-2
 
 
+@pytest.mark.slow
 def test_bfloat16_at_the_initial_scale() -> None:
     oracle = make_oracle(SMALL).bfloat16()
     tokens = np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, LENGTH))

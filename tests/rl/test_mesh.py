@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import FAST_COMPILE
+
 
 @pytest.mark.slow
 def test_meshes_give_what_one_device_gives() -> None:
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
     done = subprocess.run(
         [sys.executable, "-m", "tests.rl.mesh_driver"], cwd=Path(__file__).parents[2], capture_output=True, text=True,
         check=False, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})

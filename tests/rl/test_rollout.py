@@ -236,6 +236,7 @@ def test_eight_samples_differ_and_cuts_do_not_matter(tiny_lm) -> None:
     assert (other.tokens != whole.tokens).any(1).all()
 
 
+@pytest.mark.slow
 def test_pinned_tokens_come_back(tiny_lm) -> None:
     """A prompt, and an answer of which three tokens are pinned; EOS may end it or may not occur."""
     tokens = [PROMPTS[0] + [0] * 12, PROMPTS[2] + [0] * 9]

@@ -101,6 +101,7 @@ def test_gradients_agree_with_finite_differences(tiny_lm, given, states) -> None
     np.testing.assert_allclose(exact, difference, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_gradients_of_any_denoiser() -> None:
     small = rl.as_rollout([[3, 1, 4]], [[5, 9, 2, 6]], mask_id=toy.MASK, pad_id=toy.PAD)
     states = rl.masked_states(small, jax.random.key(0), scheme="coupled")
@@ -137,7 +138,7 @@ def test_states_without_weight_are_not_run() -> None:
     assert np.isnan(both(params, broken)[0])
 
 
-@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("remat", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_row_that_turns_nan_teaches_nobody_nan(remat: bool) -> None:
     """Row 1 is NaN once its second token is shown, in states where only others have weight: it ended before them."""
     prompts, answers, steps, poison = [[7], [3, 1], [4]], [[6, 2, 8], [5, 13, 9], [10, 2, 4]], (3, 2, 3), 13

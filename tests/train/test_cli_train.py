@@ -48,8 +48,7 @@ def train(path: Path, text: str) -> Result:
 
 
 @pytest.mark.parametrize(("objective", "bundled"), [
-    ("block", False), pytest.param("block", True, marks=pytest.mark.slow),
-    pytest.param("masked", True, marks=pytest.mark.slow)])
+    pytest.param("block", False, marks=pytest.mark.slow), pytest.param("masked", True, marks=pytest.mark.slow)])
 def test_a_run_gives_a_model_and_goes_on(objective: str, bundled: bool, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     run = RUN + f'objective = "{objective}"\n'

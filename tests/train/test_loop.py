@@ -93,6 +93,7 @@ def test_one_and_eight_devices_have_the_same_loss_curve(objective: str) -> None:
     np.testing.assert_allclose(results[1]["losses"], results[0]["losses"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_mean_of_interleaved_microbatches() -> None:
     config = LladaMoeConfig(**CONFIG)
     graphdef, params = init_params(config, jax.random.key(0))

@@ -107,6 +107,7 @@ def test_noise_is_uniform_and_masks_follow_it() -> None:
     assert not np.array_equal(noise, other)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_differences() -> None:
     batch, key = batch_of(3, padding=1), jax.random.key(SEED)
     weights = LossWeights(balance=0.3, router_z=0.2)
@@ -131,6 +132,7 @@ def test_gradients_are_finite_differences() -> None:
             assert abs(slope - expected) < 0.03 * np.linalg.norm(leaf) * 2e-3 + 2e-5, (path, slope, expected)
 
 
+@pytest.mark.slow
 def test_remat_and_chunks_change_nothing() -> None:
     batch, key = batch_of(2), jax.random.key(1)
 

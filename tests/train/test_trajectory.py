@@ -93,6 +93,7 @@ def test_the_loss_is_the_cross_entropy_between_the_states() -> None:
     np.testing.assert_allclose(total, np.mean(rows) + 0.5 * losses.balance + 0.25 * losses.router_z, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_on_trajectories_lowers_the_loss() -> None:
     import optax
 
