@@ -98,10 +98,9 @@ def _swiglu(rows: Array, gate: Array, up: Array, down: Array, *, weights_left: b
     precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
     batch, last = tuple(range(rows.ndim - 2)), rows.ndim - 1
 
-    def dot(a: Array, b: Array, *contracted: int) -> Array:
-        axes = tuple((axis,) for axis in contracted)
+    def dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
         return lax.dot_general(
-            a, b, (axes, (batch, batch)), precision=precision, preferred_element_type=jnp.float32)
+            a, b, (((axis_a,), (axis_b,)), (batch, batch)), precision=precision, preferred_element_type=jnp.float32)
 
     if not weights_left:
         hidden = (jax.nn.silu(dot(rows, gate, last, last)) * dot(rows, up, last, last)).astype(rows.dtype)
