@@ -8,12 +8,17 @@ and only one computes at a time. Every pair gives the ratio twin / djax of their
 Compile time (djax) and the choice of experts implementation and threads (twin) come before the first pair and are
 reported apart. Both decode the same tokens unless a float32 difference flips a decision; the record says
 whether they did, and the ratio per forward does not depend on it.
+
+A ratio is also the matrix libraries', and which of them is faster depends on the processor: after every pair both
+engines multiply what a layer multiplies (`benchmarks.products`), and the record has both rates beside the ratio. The
+file holds one record per machine; a run replaces its own machine's.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 import tempfile
@@ -26,7 +31,7 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import checkpoint, report
+from benchmarks import checkpoint, products, report
 from benchmarks.engines import Case, Run, Worker
 from djax.generation import tokens_per_forward, tokens_per_second
 
@@ -39,6 +44,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Fast-dLLM without and with its dual cache; dInfer's vicinity refresh with warm-up, hard tokens."""
 COLUMNS = ("recipe, batch", "NFE", "TPF", "TPS\ndjax", "TPS\ntwin", "ms/fwd\ndjax", "ms/fwd\ntwin",
            "twin / djax\ntime", "twin / djax\nper forward", "same\ntokens", "compile\ns")
+KINDS = tuple((name, span) for name in ("attention", "experts") for span in ("window", "refresh"))
+"""The products whose rates are shown."""
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -105,22 +112,71 @@ def case_record(case: Case, pairs: Sequence[tuple[Run, Run]], prepared: dict[str
     }
 
 
+def rates_record(
+    of: Sequence[products.Product], measured: Sequence[dict[str, list[float]]]
+) -> list[dict[str, Any]]:
+    """Every product with the spread of both libraries' GFLOP/s; `measured` has one entry a pair."""
+    return [
+        dataclasses.asdict(product) | {
+            engine: dataclasses.asdict(report.Spread.of([rates[engine][index] for rates in measured]))
+            for engine in ("djax", "twin")}
+        for index, product in enumerate(of)]
+
+
 def measure(
-    engines: dict[str, Worker], case: Case, *, pairs: int, prompts: Int[np.ndarray, "B P"], eos_id: int,
+    engines: dict[str, Worker], case: Case, *, pairs: int, prompts: Int[np.ndarray, "B P"], shapes: dict[str, Any],
     advance: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Prepare both engines, then run the pairs."""
-    prepared = {}
+    """Prepare both engines, then run the pairs, each followed by the products."""
+    prepared, multiplied = {}, products.of_case(case, shapes)
     for name, engine in engines.items():
         advance(f"{case.recipe}, batch {case.batch}: {name} gets ready")
         prepared[name] = engine.prepare(case, prompts)
-    done = []
+        engine.rates(multiplied)  # compiles
+    done, rates = [], []
     for number in range(pairs):
         advance(f"{case.recipe}, batch {case.batch}: pair {number + 1}")
         order = ("djax", "twin") if number % 2 == 0 else ("twin", "djax")
         runs = {name: engines[name].run(case, prompts) for name in order}
         done.append((runs["djax"], runs["twin"]))
-    return case_record(case, done, prepared, eos_id)
+        rates.append({name: engines[name].rates(multiplied) for name in order})
+    return case_record(case, done, prepared, shapes["eos_token_id"]) | {"rates": rates_record(multiplied, rates)}
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """What the file holds, one record per machine; nothing where there is no file.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    if not path.exists():
+        return []
+    held = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(held, dict) or held.get("benchmark") != "decode" or "machines" not in held:
+        raise ValueError(f"{path} holds no records of this benchmark, one per machine")
+    return held["machines"]
+
+
+def keep(path: Path, record: dict[str, Any]) -> None:
+    """Write a machine's record, in place of the one it has or behind the others'."""
+    held = records(path)
+    names = [other["machine"] for other in held]
+    place = names.index(record["machine"]) if record["machine"] in names else len(held)
+    report.save(path, {"benchmark": "decode", "machines": [*held[:place], record, *held[place + 1:]]})
+
+
+def show_rates(record: dict[str, Any], console: Console) -> None:
+    """The rates beside the ratios."""
+    columns = ["recipe, batch", "twin / djax\ntime", *(
+        f"{name}\n{span}\n{library}" for name, span in KINDS for library in ("XLA", "PyTorch"))]
+    rows = []
+    for row in record["rows"]:
+        found = {(product["name"], product["span"]): product for product in row["rates"]}
+        rows.append((f"{row['case']['recipe']}, {row['case']['batch']}", f"{row['ratio']['median']:.2f}", *(
+            report.Spread(**found[kind][engine]).show(0).replace(" (", "\n(") if kind in found else ""
+            for kind in KINDS for engine in ("djax", "twin"))))
+    console.print(report.table("GFLOP/s of float32 products of a layer's sizes, measured after every pair",
+                               columns, rows))
 
 
 def show(record: dict[str, Any], console: Console) -> None:
@@ -143,8 +199,9 @@ def show(record: dict[str, Any], console: Console) -> None:
     console.print(report.table(title, COLUMNS, rows))
     console.print("twin / djax: pair by pair, median (lowest to highest); above 1 djax is faster.", highlight=False)
     speed = record["matmul_gflops"]
-    console.print(f"A large float32 product: {speed['djax']:.0f} GFLOP/s in XLA, {speed['twin']:.0f} in PyTorch: "
-                  "this much of a ratio is the matrix library's.", highlight=False)
+    show_rates(record, console)
+    console.print(f"A large float32 product: {speed['djax']:.0f} GFLOP/s in XLA, {speed['twin']:.0f} in PyTorch.",
+                  highlight=False)
     load = record["load_average"]
     if load is not None and load > 1.5 * settings["cores"]:
         console.print(f"The machine was shared: load average {load:.1f} on {settings['cores']} cores.")
@@ -166,8 +223,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cores", type=int, help="use this many of the cores (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the prompts")
     parser.add_argument("--tiny", action="store_true", help="a tiny checkpoint: seconds, no figures worth quoting")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file (default benchmarks/results/decode.json)")
+    parser.add_argument("--out", type=Path, help="JSON file, one record per machine "
+                        "(default benchmarks/results/decode.json; with --tiny none)")
     options = parser.parse_args(arguments)
+    if options.out is None and not options.tiny:
+        options.out = RESULTS
+    try:
+        records(options.out or RESULTS)
+    except ValueError as error:
+        parser.error(f"--out: {error}")
     for name, values in (("--pairs", [options.pairs]), ("--batches", options.batches)):
         if min(values) < 1:
             parser.error(f"{name}: got {min(values)}; it must be at least 1")
@@ -202,22 +266,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 prompts = checkpoint.prompts(
                     shapes, batch=case.batch, length=case.prompt_length, seed=options.seed + 1)
                 rows.append(measure(workers, case, pairs=options.pairs, prompts=prompts,
-                                    eos_id=shapes["eos_token_id"], advance=advance))
+                                    shapes=shapes, advance=advance))
         finally:
             for worker in workers.values():
                 worker.close()
         advance("done")
     record = {
-        "benchmark": "decode", **report.provenance("benchmarks.decode"),
+        "machine": report.machine(), **report.provenance("benchmarks.decode"),
         "settings": {"cores": report.cores(), "pairs": options.pairs, "seed": options.seed, "dtype": "float32",
                      "parameters": parameters, "tiny": options.tiny, "model": shapes},
         **{figure: {engine: worker.loaded[figure] for engine, worker in workers.items()}
            for figure in ("load_seconds", "matmul_gflops")},
         "djax_faster_in_every_row": all(row["ratio"]["median"] > 1 for row in rows), "rows": rows,
     }
-    report.save(options.out, record)
     show(record, console)
-    console.print(f"[dim]{options.out}[/dim]")
+    if options.out is not None:
+        keep(options.out, record)
+        console.print(f"[dim]{options.out}[/dim]")
     return 0
 
 

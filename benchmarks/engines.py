@@ -10,7 +10,6 @@ import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Int
 
+from benchmarks.products import Product, Rates, gflops, in_torch, in_xla
+
 MATMUL = (1024, 512, 2048)
-"""Rows, inner width and columns of the float32 product that tells the matrix libraries apart."""
+"""Rows, inner width and columns of a large float32 product: about the best that a matrix library gives."""
+LARGE_RUNS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,21 +58,15 @@ class Run:
     """The row's step that committed each position; -1 in the prompt."""
 
 
-def matmul_gflops(multiply: Callable[[], Any], flops: int, *, runs: int = 21) -> float:
-    """GFLOP/s of a matrix product, the median of some runs after a warm-up."""
-    seconds = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        multiply()
-        seconds.append(time.perf_counter() - started)
-    return flops / float(np.median(seconds[1:])) / 1e9
-
-
 class Engine(Protocol):
     """What a worker drives."""
 
     def matmul_gflops(self) -> float:
-        """Speed of `MATMUL`: how much of a ratio is the matrix library's, which differs between processors."""
+        """Speed of `MATMUL`."""
+        ...
+
+    def rates(self, products: tuple[Product, ...]) -> list[float]:
+        """GFLOP/s of each product in this engine's matrix library, on all cores."""
         ...
 
     def prepare(self, case: Case, prompts: Int[np.ndarray, "B P"]) -> dict[str, Any]:
@@ -89,6 +85,7 @@ class DjaxEngine:
         import djax
 
         self._model = djax.load(directory, dtype="float32")
+        self._rates = Rates(in_xla)
 
     def matmul_gflops(self) -> float:
         """See `Engine`."""
@@ -98,7 +95,11 @@ class DjaxEngine:
         rows, inner, columns = MATMUL
         left, right = jnp.ones((rows, inner)), jnp.ones((columns, inner))
         product = jax.jit(lambda left, right: jnp.dot(left, right.T, precision="highest"))
-        return matmul_gflops(lambda: product(left, right).block_until_ready(), 2 * rows * inner * columns)
+        return gflops(lambda: product(left, right).block_until_ready(), 2 * rows * inner * columns, runs=LARGE_RUNS)
+
+    def rates(self, products: tuple[Product, ...]) -> list[float]:
+        """See `Engine`."""
+        return self._rates(products)
 
     def prepare(self, case: Case, prompts: Int[np.ndarray, "B P"]) -> dict[str, Any]:
         """The first call compiles."""
@@ -132,6 +133,7 @@ class TwinEngine:
         from benchmarks.torch_twin import TorchTwin
 
         self._twin = TorchTwin(directory, threads=cores())
+        self._rates = Rates(in_torch)
 
     def matmul_gflops(self) -> float:
         """See `Engine`."""
@@ -139,7 +141,18 @@ class TwinEngine:
 
         rows, inner, columns = MATMUL
         left, right = torch.ones(rows, inner), torch.ones(columns, inner)
-        return matmul_gflops(lambda: left @ right.T, 2 * rows * inner * columns)
+        return gflops(lambda: left @ right.T, 2 * rows * inner * columns, runs=LARGE_RUNS)
+
+    def rates(self, products: tuple[Product, ...]) -> list[float]:
+        """See `Engine`. The next generation finds the number of threads that the last one left."""
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._twin.threads)
+        try:
+            return self._rates(products)
+        finally:
+            torch.set_num_threads(threads)
 
     def prepare(self, case: Case, prompts: Int[np.ndarray, "B P"]) -> dict[str, Any]:
         """Chooses the fastest setting for each width that the case's forwards have."""
@@ -173,7 +186,7 @@ ENGINES: dict[str, type[DjaxEngine] | type[TwinEngine]] = {"djax": DjaxEngine, "
 
 
 def serve(name: str, directory: Path, connection: Connection) -> None:
-    """A worker's whole life: load, then answer (method, case, prompts) until None comes."""
+    """A worker's whole life: load, then answer (method, its arguments) until None comes."""
     # the benchmark is about CPUs: an accelerator on one side only would decide it
     os.environ["JAX_PLATFORMS"] = "cpu"
     started = time.perf_counter()
@@ -181,12 +194,12 @@ def serve(name: str, directory: Path, connection: Connection) -> None:
     loaded = time.perf_counter() - started
     connection.send({"load_seconds": loaded, "matmul_gflops": engine.matmul_gflops()})
     while (request := connection.recv()) is not None:
-        method, case, prompts = request
-        if method == "prepare":
-            connection.send(engine.prepare(case, prompts))
+        method, *arguments = request
+        if method != "generate":
+            connection.send(getattr(engine, method)(*arguments))
             continue
         wall, processor = time.perf_counter(), time.process_time()
-        tokens, commit_step = engine.generate(case, prompts)
+        tokens, commit_step = engine.generate(*arguments)
         connection.send(Run(time.perf_counter() - wall, time.process_time() - processor, tokens, commit_step))
 
 
@@ -207,7 +220,11 @@ class Worker:
 
     def run(self, case: Case, prompts: Int[np.ndarray, "B P"]) -> Run:
         """One timed generation."""
-        return self._ask("run", case, prompts)
+        return self._ask("generate", case, prompts)
+
+    def rates(self, products: tuple[Product, ...]) -> list[float]:
+        """See `Engine.rates`."""
+        return self._ask("rates", products)
 
     def close(self) -> None:
         """Let the process end."""
@@ -215,8 +232,8 @@ class Worker:
             self._connection.send(None)
         self._process.join(timeout=30)
 
-    def _ask(self, method: str, case: Case, prompts: Int[np.ndarray, "B P"]) -> Any:
-        self._connection.send((method, case, prompts))
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        self._connection.send((method, *arguments))
         return self._receive()
 
     def _receive(self) -> Any:

@@ -12,11 +12,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import quality_report, rl_report, scaling_report
+from benchmarks import decode, quality_report, rl_report, scaling_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,32 +25,74 @@ BLOCK = re.compile(
     r"(<!-- figures (\w+): python -m benchmarks\.readme -->\n\n).*?(\n\n<!-- end of figures -->)", re.DOTALL)
 
 
-def decode_section(record: dict[str, Any]) -> str:
-    """djax against its PyTorch twin."""
-    head = ("recipe, batch", "NFE", "TPF", "TPS djax", "TPS PyTorch", "PyTorch / djax time", "same tokens", "compile s")
+def decode_section(machines: Sequence[dict[str, Any]]) -> str:
+    """djax against its PyTorch twin: a row for every machine, then every machine's rows."""
+    head = ("machine", "PyTorch / djax time", *(f"{name}, {span}" for name, span in decode.KINDS), "a large product")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for record in machines:
+        cells = (record["machine"], _ratios(record), *(_rates(record, *kind) for kind in decode.KINDS), _large(record))
+        lines.append(f"| {' | '.join(cells)} |")
+    model = machines[0]["settings"]["model"]
+    return "\n".join([
+        f"A random checkpoint (hidden {model['hidden_size']}, {model['num_hidden_layers']} layers, "
+        f"{model['num_experts']} experts top {model['num_experts_per_tok']}, vocabulary {model['vocab_size']}) on CPU, "
+        "float32, against transformers' model in an eager loop with the same strategy and cache, in turn; a ratio "
+        "above 1 means that djax is faster. It is also the matrix libraries': beside it stand GFLOP/s of XLA / PyTorch "
+        "in a layer's products, for the positions of a window and of a refresh, from the lowest to the highest median "
+        "of the rows below, and in a large product.",
+        "", *lines, *(line for record in machines for line in ("", _machine_rows(record)))])
+
+
+def _machine_rows(record: dict[str, Any]) -> str:
+    """One machine's table. Its rates are those of most forwards: of windows where a row has them."""
+    kinds = list(dict(decode.KINDS)) if any(row["rates"] for row in record["rows"]) else []
+    head = ("recipe, batch", "NFE", "TPF", "TPS djax", "TPS PyTorch", "PyTorch / djax time", "same tokens",
+            "compile s", *(f"{name}, GFLOP/s" for name in kinds))
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in record["rows"]:
         djax, ratio = row["djax"], row["ratio"]
+        rates = {name: " / ".join(f"{product[engine]['median']:.0f}" for engine in ("djax", "twin"))
+                 for product in reversed(row["rates"] or ()) for name in [product["name"]]}
         cells = (
             f"{row['case']['recipe']}, {row['case']['batch']}", f"{sum(djax['nfe']) / len(djax['nfe']):.1f}",
             f"{djax['tokens_per_forward']:.2f}", f"{djax['tokens_per_second']:.1f}",
             f"{row['twin']['tokens_per_second']:.1f}",
             f"{ratio['median']:.2f} ({ratio['minimum']:.2f} to {ratio['maximum']:.2f})",
             "yes" if row["agreement"]["tokens"] else f"{100 * row['agreement']['share_of_equal_tokens']:.1f} %",
-            f"{djax['compile_seconds']:.1f}")
+            f"{djax['compile_seconds']:.1f}", *(rates[name] for name in kinds))
         lines.append(f"| {' | '.join(cells)} |")
-    model, settings = record["settings"]["model"], record["settings"]
     return "\n".join([
-        f"A random checkpoint (hidden {model['hidden_size']}, {model['num_hidden_layers']} layers, "
-        f"{model['num_experts']} experts top {model['num_experts_per_tok']}, vocabulary {model['vocab_size']}) on CPU, "
-        "float32, against transformers' model in an eager loop with the same strategy and cache, in turn; the "
-        f"ratio is the median over {settings['pairs']} pairs with its range, above 1 djax is faster "
-        f"(`{record['command']}`; {record['hardware']['cpu']}, {settings['cores']} cores; "
-        f"jax {record['versions']['jax']}, torch {record['versions']['torch']}; commit {record['commit'][:10]}). "
-        f"Part of it is the matrix library's: a large float32 product runs at "
-        f"{record['matmul_gflops']['djax']:.0f} GFLOP/s in XLA and {record['matmul_gflops']['twin']:.0f} in PyTorch "
-        "on this processor.",
+        f"{record['machine']}; the ratio is the median over {record['settings']['pairs']} pairs with its range "
+        f"(`{record['command']}`; jax {record['versions']['jax']}, torch {record['versions']['torch']}; "
+        f"commit {record['commit'][:10]}):",
         "", *lines])
+
+
+def _ratios(record: dict[str, Any]) -> str:
+    ratios = [row["ratio"]["median"] for row in record["rows"]]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def _rates(record: dict[str, Any], name: str, span: str) -> str:
+    """GFLOP/s of one kind of product, XLA / PyTorch."""
+    measured = [product for row in record["rows"] for product in row["rates"] or ()
+                if (product["name"], product["span"]) == (name, span)]
+    if not measured:
+        return "not measured"
+    medians = [[product[engine]["median"] for product in measured] for engine in ("djax", "twin")]
+    return " / ".join(f"{min(of):.0f} to {max(of):.0f}" for of in medians)
+
+
+def _large(record: dict[str, Any]) -> str:
+    return " / ".join(f"{record['matmul_gflops'][engine]:.0f}" for engine in ("djax", "twin"))
+
+
+def _speed(record: dict[str, Any]) -> tuple[str, str]:
+    """A row of the summary: the machine and the rates that are measured on it, and the ratios."""
+    rates = [f"{name} {_rates(record, name, 'refresh')}" for name in dict(decode.KINDS)
+             if any(row["rates"] for row in record["rows"])] or [f"a large product {_large(record)}"]
+    return (f"against transformers' model in an eager PyTorch loop, same decoder, on {record['machine']} "
+            f"(GFLOP/s of XLA / PyTorch there: {', '.join(rates)})", f"{_ratios(record)} times as fast")
 
 
 def load_section(record: dict[str, Any]) -> str:
@@ -88,11 +130,10 @@ def rl_section(record: dict[str, Any]) -> str:
 
 def summary() -> str:
     """One table: the figures that a newcomer asks for, each from its own record."""
-    quality, decode, load, rl = (_record(name) for name in ("quality.json", "decode.json", "load.json", "rl/rl.json"))
+    quality, load, rl = (_record(name) for name in ("quality.json", "load.json", "rl/rl.json"))
     rows = {(row["checkpoint"], row["recipe"], row["cache"]): row for row in quality["rows"]}
     reference, dinfer = rows["base", "reference", False], rows["base", "dinfer", True]
     fast = rows["base", "fast_dllm", True]
-    ratios = [row["ratio"]["median"] for row in decode["rows"]]
     run = rl["runs"]["optax-trace-colocated"]
     table = [
         ("bundled model, one token a step, no cache", f"{reference['accuracy']:.1f} % right answers, "
@@ -102,8 +143,7 @@ def summary() -> str:
          f"{dinfer['speedup']['median']:.1f} times as fast"),
         ("the same with `fast_dllm()`", f"{fast['accuracy']:.1f} %, {fast['tokens_per_forward']:.1f} tokens a forward, "
          f"{fast['speedup']['median']:.1f} times as fast"),
-        ("against transformers' model in an eager PyTorch loop, same decoder",
-         f"{min(ratios):.2f} to {max(ratios):.2f} times as fast"),
+        *map(_speed, decode.records(RESULTS / "decode.json")),
         (f"loading LLaDA-MoE, {load['parameter_bytes'] / 1e9:.1f} GB in bfloat16",
          f"{load['load_seconds']:.0f} s, peak host memory {load['host_peak_ratio']:.2f} times the parameters"),
         (f"GRPO on a spoiled model, {run['updates']} updates in {run['seconds'] / 60:.1f} minutes",
@@ -122,7 +162,7 @@ def _record(name: str) -> dict[str, Any]:
 BLOCKS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "quality": lambda: quality_section(_record("quality.json")),
-    "decode": lambda: decode_section(_record("decode.json")),
+    "decode": lambda: decode_section(decode.records(RESULTS / "decode.json")),
     "load": lambda: load_section(_record("load.json")),
     "scaling": lambda: scaling_section(_record("scaling.json")),
     "rl": lambda: rl_section(_record("rl/rl.json")),

@@ -52,6 +52,11 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def machine() -> str:
+    """The name under which a record of this machine is kept: its processor and the cores in use."""
+    return f"{cpu_model()}, {cores()} cores"
+
+
 def load_average() -> float | None:
     """Processes that wanted to run over the last minute: above `cores()` the machine was shared."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -23,6 +23,8 @@ BLOCK_SIZES = (8, 32, 128)
 """Rows per block of the loop. Below 8 nothing is saved; each size is a program of its own to compile."""
 ALIGNMENT = 8
 """C is a multiple of it."""
+WEIGHTS_LEFT = False
+"""Whether products are W . x^T and not x . W^T. The faster one depends on the processor: see `benchmarks.moe_sides`."""
 
 
 class Plan(NamedTuple):
@@ -91,18 +93,22 @@ def plan_rows(expert_ids: Int[Array, "M k"], num_experts: int, places: int, larg
         start=first[owner] + done, expert=owner, rows=jnp.clip(more[owner] - done, 0, largest), num_blocks=last[-1])
 
 
-def _swiglu(rows: Array, gate: Array, up: Array, down: Array) -> Array:
+def _swiglu(rows: Array, gate: Array, up: Array, down: Array, *, weights_left: bool) -> Array:
     """Rows [..., R, D] through experts [..., F, D], float32; leading axes are batches."""
     precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
-    batch = tuple(range(rows.ndim - 2))
+    batch, last = tuple(range(rows.ndim - 2)), rows.ndim - 1
 
-    def dot(a: Array, b: Array) -> Array:
-        last = (rows.ndim - 1,)
+    def dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
         return lax.dot_general(
-            a, b, ((last, last), (batch, batch)), precision=precision, preferred_element_type=jnp.float32)
+            a, b, (((axis_a,), (axis_b,)), (batch, batch)), precision=precision, preferred_element_type=jnp.float32)
 
-    hidden = (jax.nn.silu(dot(rows, gate)) * dot(rows, up)).astype(rows.dtype)
-    return dot(hidden, down)
+    if not weights_left:
+        hidden = (jax.nn.silu(dot(rows, gate, last, last)) * dot(rows, up, last, last)).astype(rows.dtype)
+        return dot(hidden, down, last, last)
+    # Without the barriers XLA folds both transposes into the products, which are then x . W^T again.
+    columns = lax.optimization_barrier(rows.swapaxes(-1, -2))
+    hidden = (jax.nn.silu(dot(gate, columns, last, last - 1)) * dot(up, columns, last, last - 1)).astype(rows.dtype)
+    return lax.optimization_barrier(dot(down, hidden, last, last - 1)).swapaxes(-1, -2)
 
 
 def _rows_in_place(x: Array, plan: Plan, *, num_experts: int) -> Float[Array, "E C D"]:
@@ -118,10 +124,11 @@ def _from_places(values: Float[Array, "E*C D"], plan: Plan, *, slot: int) -> Flo
 
 
 def _product(
-    x: Array, weights: Array, gate: Array, up: Array, down: Array, *, plan: Plan
+    x: Array, weights: Array, gate: Array, up: Array, down: Array, *, plan: Plan, weights_left: bool
 ) -> Float[Array, "M D"]:
     """What the rows with a place contribute, float32."""
-    outputs = _swiglu(_rows_in_place(x, plan, num_experts=len(gate)), gate, up, down).reshape(-1, x.shape[1])
+    rows = _rows_in_place(x, plan, num_experts=len(gate))
+    outputs = _swiglu(rows, gate, up, down, weights_left=weights_left).reshape(-1, x.shape[1])
     total = jnp.zeros(x.shape, jnp.float32)
     for slot in range(weights.shape[1]):  # slot by slot: no [M, k, D] array
         total += weights[:, slot, None].astype(jnp.float32) * _from_places(outputs, plan, slot=slot)
@@ -129,12 +136,13 @@ def _product(
 
 
 def _product_gradient(
-    x: Array, weights: Array, gate: Array, up: Array, down: Array, cotangent: Array, *, plan: Plan
+    x: Array, weights: Array, gate: Array, up: Array, down: Array, cotangent: Array, *, plan: Plan, weights_left: bool
 ) -> tuple[Array, ...]:
     """Gradients of `_product` in x, weights and the matrices. A row has one place a slot, and a place one row:
     what autodiff would scatter is gathered."""
     slots = weights.shape[1]
-    outputs, pull_back = jax.vjp(_swiglu, _rows_in_place(x, plan, num_experts=len(gate)), gate, up, down)
+    outputs, pull_back = jax.vjp(
+        partial(_swiglu, weights_left=weights_left), _rows_in_place(x, plan, num_experts=len(gate)), gate, up, down)
     filled, entry = plan.source < weights.size, jnp.minimum(plan.source, weights.size - 1)
     scale = jnp.where(filled, weights.reshape(-1)[entry].astype(jnp.float32), 0.0)
     rows, *matrices = pull_back((scale[:, None] * cotangent[entry // slots]).reshape(outputs.shape))
@@ -166,12 +174,14 @@ def _block(plan: Plan, index: Array, *, sizes: tuple[int, ...], slots: int) -> _
 
 
 def _through_expert(
-    rows: Array, weights: Array, gate: Array, up: Array, down: Array, *, size_index: Array, sizes: tuple[int, ...]
+    rows: Array, weights: Array, gate: Array, up: Array, down: Array, *, size_index: Array, sizes: tuple[int, ...],
+    weights_left: bool,
 ) -> Array:
     """A block's rows through one expert, weighted, float32; zeros behind the block's size."""
 
     def through(size: int, rows: Array, *matrices: Array) -> Array:
-        return jnp.pad(_swiglu(rows[:size], *matrices), ((0, sizes[-1] - size), (0, 0)))
+        outputs = _swiglu(rows[:size], *matrices, weights_left=weights_left)
+        return jnp.pad(outputs, ((0, sizes[-1] - size), (0, 0)))
 
     result = lax.switch(size_index, [partial(through, size) for size in sizes], rows, gate, up, down)
     return weights[:, None].astype(jnp.float32) * result
@@ -184,51 +194,43 @@ def _plan(expert_ids: Array, gate: Array) -> tuple[Plan, tuple[int, ...]]:
     return plan_rows(expert_ids, shape[1], capacity(*shape), sizes[-1] if sizes else 1), sizes
 
 
-def _forward(x: Array, expert_ids: Array, weights: Array, gate: Array, up: Array, down: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(
+    weights_left: bool, x: Array, expert_ids: Array, weights: Array, gate: Array, up: Array, down: Array
+) -> Array:
     plan, sizes = _plan(expert_ids, gate)
-    total = _product(x, weights, gate, up, down, plan=plan)
+    total = _product(x, weights, gate, up, down, plan=plan, weights_left=weights_left)
 
     def add_block(index: Array, total: Array) -> Array:
         block = _block(plan, index, sizes=sizes, slots=weights.shape[1])
         # Only the block's own result goes through the switch: `total` would be copied by every branch.
         result = _through_expert(
             x[block.rows], weights.reshape(-1)[block.entries], gate[block.expert], up[block.expert],
-            down[block.expert], size_index=block.size_index, sizes=sizes)
+            down[block.expert], size_index=block.size_index, sizes=sizes, weights_left=weights_left)
         return total.at[block.rows].add(result, mode="drop")
 
     return (lax.fori_loop(0, plan.num_blocks, add_block, total) if sizes else total).astype(x.dtype)
 
 
-@jax.custom_vjp
-def moe_xla_grouped(
-    x: Float[Array, "M D"],
-    expert_ids: Int[Array, "M k"],
-    weights: Float[Array, "M k"],
-    gate: Float[Array, "E F D"],
-    up: Float[Array, "E F D"],
-    down: Float[Array, "E D F"],
-) -> Float[Array, "M D"]:
-    """See `kernels_pallas.moe.moe`. Reverse mode only, and only once."""
-    return _forward(x, expert_ids, weights, gate, up, down)
+def _vjp_forward(weights_left: bool, *operands: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _grouped(weights_left, *operands), operands
 
 
-def _vjp_forward(*operands: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _forward(*operands), operands
-
-
-def _vjp_backward(operands: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
+def _vjp_backward(
+    weights_left: bool, operands: tuple[Array, ...], cotangent: Array
+) -> tuple[Array | None, ...]:
     """The same two parts, recomputed: activations are not kept between the passes."""
     x, expert_ids, weights, gate, up, down = operands
     plan, sizes = _plan(expert_ids, gate)
     cotangent = cotangent.astype(jnp.float32)
-    grads = _product_gradient(x, weights, gate, up, down, cotangent, plan=plan)
+    grads = _product_gradient(x, weights, gate, up, down, cotangent, plan=plan, weights_left=weights_left)
 
     def add_block(index: Array, grads: tuple[Array, ...]) -> tuple[Array, ...]:
         grad_x, grad_weights, *grad_matrices = grads
         block = _block(plan, index, sizes=sizes, slots=weights.shape[1])
         mine = (block.rows < len(x))[:, None]
         _, pull_back = jax.vjp(
-            partial(_through_expert, size_index=block.size_index, sizes=sizes),
+            partial(_through_expert, size_index=block.size_index, sizes=sizes, weights_left=weights_left),
             jnp.where(mine, x[block.rows], 0), weights.reshape(-1)[block.entries],
             *(matrix[block.expert] for matrix in (gate, up, down)))
         rows, row_weights, *matrices = pull_back(jnp.where(mine, cotangent[block.rows], 0.0))
@@ -243,4 +245,18 @@ def _vjp_backward(operands: tuple[Array, ...], cotangent: Array) -> tuple[Array 
     return (grads[0], None, grads[1].reshape(weights.shape), *grads[2:])
 
 
-moe_xla_grouped.defvjp(_vjp_forward, _vjp_backward)
+_grouped.defvjp(_vjp_forward, _vjp_backward)
+
+
+def moe_xla_grouped(
+    x: Float[Array, "M D"],
+    expert_ids: Int[Array, "M k"],
+    weights: Float[Array, "M k"],
+    gate: Float[Array, "E F D"],
+    up: Float[Array, "E F D"],
+    down: Float[Array, "E D F"],
+    *,
+    weights_left: bool = WEIGHTS_LEFT,
+) -> Float[Array, "M D"]:
+    """See `kernels_pallas.moe.moe`. Reverse mode only, and only once; `weights_left` see `WEIGHTS_LEFT`."""
+    return _grouped(weights_left, x, expert_ids, weights, gate, up, down)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,15 @@ import pytest
 
 from kernels_pallas import moe, moe_choice
 from kernels_pallas.moe import IMPLEMENTATIONS
-from kernels_pallas.moe.xla_grouped import ALIGNMENT, BLOCK_SIZES, block_sizes, capacity, plan_rows
+from kernels_pallas.moe.xla_grouped import (
+    ALIGNMENT,
+    BLOCK_SIZES,
+    WEIGHTS_LEFT,
+    block_sizes,
+    capacity,
+    moe_xla_grouped,
+    plan_rows,
+)
 from tests.cover import in_turn
 
 from .moe_cases import CASES, Case, operands, oracle
@@ -98,6 +109,37 @@ def test_gradients_are_the_loops_slopes(case: Case, implementation: str | None) 
             ends.append(np.sum(oracle(moved[0], ids, *moved[1:]) * cotangent))
         slope = (ends[0] - ends[1]) / 2e-5
         assert abs(np.sum(np.asarray(gradient, np.float64) * direction) - slope) < 1e-4 * max(1, abs(slope)), index
+
+
+@pytest.mark.parametrize("case", [
+    Case(name="uneven", rows=60, slots=2, experts=8, width=5, model=6, routing="uneven"),
+    Case(name="bfloat16", rows=9, slots=3, experts=4, width=5, model=6, dtype="bfloat16"),
+], ids=lambda case: case.name)
+def test_the_other_side_gives_the_same(case: Case) -> None:
+    """Product and loop with the weights on the side that is not in use, against the oracle and autodiff."""
+    x, ids, *variables = operands(case, SEED)
+
+    def loss(op: Callable[..., jax.Array], x: jax.Array, *variables: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = op(x, ids, *variables)
+        return jnp.sum(jnp.sin(jnp.arange(out.size).reshape(out.shape)) * out.astype(jnp.float32)), out
+
+    other, reference = partial(moe_xla_grouped, weights_left=not WEIGHTS_LEFT), partial(moe, implementation="reference")
+    gradients, out = jax.jit(jax.grad(partial(loss, other), argnums=tuple(range(5)), has_aux=True))(x, *variables)
+    wanted, _ = jax.jit(jax.grad(partial(loss, reference), argnums=tuple(range(5)), has_aux=True))(
+        *(array.astype(jnp.float32) for array in (x, *variables)))
+    for got, expected in zip((out, *gradients), (oracle(x, ids, *variables), *wanted), strict=True):
+        scale = max(1.0, np.abs(expected).max())
+        np.testing.assert_allclose(np.asarray(got, np.float64) / scale, np.asarray(expected) / scale,
+                                   atol=TOLERANCE[case.dtype], rtol=0)
+
+
+def test_the_compiler_keeps_the_weights_on_their_side() -> None:
+    case = Case(name="small", rows=4, slots=2, experts=3, width=5, model=6)
+    arguments = operands(case, SEED)
+    for left, shapes in ((False, {"3,8,5", "3,8,6"}), (True, {"3,5,8", "3,6,8"})):
+        program = jax.jit(partial(moe_xla_grouped, weights_left=left)).lower(*arguments).compile().as_text()
+        assert program is not None
+        assert set(re.findall(r"= f32\[([\d,]+)\]\S* dot\(", program)) == shapes
 
 
 def test_the_choice_can_be_asked() -> None:
