@@ -186,7 +186,7 @@ def _sentence(error: ArgumentError) -> str:
 
 def _field(parameter: Any) -> str:
     options = [name for name in getattr(parameter, "opts", ()) if name.startswith("--")]
-    return options[0] if options else (parameter.metavar or parameter.name or "argument").upper()
+    return options[0] if options else parameter.metavar or (parameter.name or "argument").upper()
 
 
 def _close_stdout() -> None:

@@ -136,7 +136,7 @@ def test_another_configuration_is_refused(whole: tuple[Path, str]) -> None:
     checkpoints.close()
     assert restored is not None
     assert int(restored[0].step) == STEPS
-    with pytest.raises(ValueError, match=r"model: got None; allowed \{.*, with which the run in this directory was started"):
+    with pytest.raises(ValueError, match=r"model: got None; allowed \{.*, with which the run in this directory"):
         fit(run_state(), step, lambda _: None, jax.random.key(0), schedule=Schedule(steps=9),  # type: ignore[arg-type]
             directory=whole[0])
 

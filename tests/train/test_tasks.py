@@ -300,7 +300,7 @@ def test_too_few_held_out_prompts_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tasks, "TASKS", {"few": few, "never": never})
     assert {example.prompt for example in held_out_set("few", len(HELD_OUT))} == {
         f"Add 1234 and {number}." for number in HELD_OUT}
-    with pytest.raises(ValueError, match=f"count: got 20; allowed {len(HELD_OUT)}, as many distinct .*'few' .* ask for fewer"):
+    with pytest.raises(ValueError, match=f"count: got 20; allowed {len(HELD_OUT)}, as many .*'few' .* ask for fewer"):
         held_out_set("few", 20)
     with pytest.raises(ValueError, match="split: got 'held_out', of which task 'never' drew none"):
         held_out_set("never", 1)
