@@ -56,7 +56,7 @@ ON_EIGHT_DEVICES = """
 
 WRONG = [
     ("tensor=16", "--mesh: got tensor=16, 16 devices; allowed 1 to 8, the devices here; use a smaller mesh"),
-    ("tensor=x", "--mesh: got 'tensor=x'; it is a list of different axes"),
+    ("tensor=x", "--mesh: got 'tensor=x'; allowed a list of different axes"),
     ("rows=8", "--mesh: got an axis 'rows'; allowed "),
     ("tq", "--mesh: got 'tq' for 8 devices; allowed single, tp, ep, "),
     ("single", "--mesh: got 'single' for 8 devices; allowed single"),

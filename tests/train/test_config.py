@@ -68,7 +68,7 @@ def test_fields_defaults_and_paths(tmp_path: Path) -> None:
     ("learning_rate = 1e-3", "learning_rate = 1\noptions = {mask = 1}", "optimizer.options.mask: got 1; allowed"),
     ("learning_rate = 1e-3", "learning_rate = 1\noptions = 3", "optimizer.options: got 3; allowed a table"),
     ("batch_size = 8", "batch_size = 8\n[data2]", "data2: got a field that does not exist"),
-    ('tasks = ["addition", "sort"]', 'tasks = ["sort"]\ngroup = 0', "data.group: got 0; allowed an integer of at least"),
+    ('tasks = ["addition", "sort"]', 'tasks = ["sort"]\ngroup = 0', "data.group: got 0; allowed an integer"),
     ('tasks = ["addition", "sort"]', 'tasks = ["sort"]\ngiven = 1.5', "data.given: got 1.5; allowed .* at most 1"),
     ('tasks = ["addition", "sort"]', "", "data: got neither path nor tasks"),
     ('tasks = ["addition", "sort"]', 'tasks = ["sort"]\npath = "a"', "data: got path and tasks"),
