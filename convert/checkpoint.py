@@ -21,13 +21,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from convert.atomic import as_destination_error, require_space
-from convert.errors import CheckpointError, SourceError, TensorShapeError, shorten
+from convert.errors import CheckpointError, SourceError, TensorShapeError
 from convert.files import read_json, sha256
 from convert.hf_config import hf_fields, model_config
 from convert.source import write_text_files
 from convert.together import directory_together
 from djax.config import DTYPES, ModelConfig
 from djax.distributed import processes
+from djax.errors import shown
 from djax.models import abstract_params, logical_axes
 from djax.sharding import LogicalAxes, Rules, named_leaves, shardings
 
@@ -158,13 +159,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     manifest = read_json(path, error=SourceError)
     if manifest.get("format") != _FORMAT or manifest.get("version") != _VERSION:
         raise SourceError(
-            f"format and version: got {shorten(manifest.get('format'))} and {shorten(manifest.get('version'))}; "
+            f"format and version: got {shown(manifest.get('format'))} and {shown(manifest.get('version'))}; "
             f"read is {_FORMAT!r} version {_VERSION}", file=path)
     for name, kind in (("config", dict), ("parameters", dict), ("files", dict), ("dtype", str)):
         if not isinstance(manifest.get(name), kind):
-            raise SourceError(f"got {shorten(manifest.get(name))}; convert the checkpoint again", file=path, key=name)
+            raise SourceError(f"got {shown(manifest.get(name))}; convert the checkpoint again", file=path, key=name)
     if manifest["dtype"] not in DTYPES:
-        raise SourceError(f"got {shorten(manifest['dtype'])}; allowed are {', '.join(DTYPES)}", file=path, key="dtype")
+        raise SourceError(f"got {shown(manifest['dtype'])}; allowed are {', '.join(DTYPES)}", file=path, key="dtype")
     for name, entry in manifest["files"].items():
         file = directory / name
         if name.startswith("/") or ".." in Path(name).parts or not isinstance(entry, dict):
@@ -238,6 +239,6 @@ def checked_params(config: ModelConfig, manifest: Mapping[str, Any], directory: 
     for name, leaf in wanted.items():
         if list(leaf.shape) != stored[name]:
             raise TensorShapeError(
-                f"shape: got {shorten(stored[name])}; the configuration says {list(leaf.shape)}",
+                f"shape: got {shown(stored[name])}; the configuration says {list(leaf.shape)}",
                 file=path, key=name)
     return abstract

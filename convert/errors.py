@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from djax.errors import shown
+
 _SHOWN = 3
-_LONGEST = 160
-
-
-def shorten(text: object) -> str:
-    """`repr(text)` on one line, cut to a readable length (checkpoints can hold names of any size)."""
-    shown = repr(text if not isinstance(text, str) else text[: _LONGEST + 1])
-    return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + "..."
 
 
 def first_few(names: Sequence[str]) -> str:
     """The first few of `names` and how many more there are."""
-    shown = ", ".join(shorten(name) for name in names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+    first = ", ".join(shown(name) for name in names[:_SHOWN])
+    return first if len(names) <= _SHOWN else f"{first} and {len(names) - _SHOWN} more"
 
 
 class CheckpointError(ValueError):
@@ -34,7 +29,7 @@ class CheckpointError(ValueError):
         self.message = message
         place = [] if self.file is None else [self.file]
         if key is not None:
-            place.append(shorten(key))
+            place.append(shown(key))
         super().__init__(": ".join([*place, message]))
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from convert.errors import CheckpointError, SourceError, shorten
+from convert.errors import CheckpointError, SourceError
+from djax.errors import shown
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
 """Cap on config.json, the shard index and a manifest. Indices of published checkpoints take 100 bytes a tensor."""
@@ -56,7 +57,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise ValueError(f"the key {shorten(name)} appears twice")
+                raise ValueError(f"the key {shown(name)} appears twice")
             seen.add(name)
     return result
 
@@ -68,7 +69,7 @@ def _no_constant(text: str) -> Any:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"the number {shorten(text)} is too large")
+        raise ValueError(f"the number {shown(text)} is too large")
     return value
 
 

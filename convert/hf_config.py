@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from convert.errors import ConfigError, shorten
+from convert.errors import ConfigError
 from convert.files import read_json
 from djax.config import (
     DTYPES,
@@ -22,7 +22,7 @@ from djax.config import (
     LladaMoeConfig,
     ModelConfig,
 )
-from djax.errors import ArgumentError
+from djax.errors import ArgumentError, shown
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
@@ -109,7 +109,7 @@ class _Fields:
         self.fields, self.file = fields, file
 
     def wrong(self, name: str, allowed: str) -> ConfigError:
-        got = shorten(self.fields[name]) if name in self.fields else "nothing"
+        got = shown(self.fields[name]) if name in self.fields else "nothing"
         return ConfigError(f"got {got}; {allowed}", file=self.file, key=name)
 
     def integer(self, name: str, *, default: int | None = None, minimum: int = 1) -> int:

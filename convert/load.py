@@ -21,6 +21,7 @@ from convert.placement import read_parameters
 from convert.safetensors_io import SafetensorsReader
 from convert.source import refuse_other_kinds, resolve_source
 from djax.config import DTYPES, Llada2MoeConfig, LladaMoeConfig, ModelConfig
+from djax.errors import check_choice
 from djax.models import abstract_params, logical_axes
 from djax.sharding import LogicalAxes, Rules, named_leaves, shardings
 
@@ -76,9 +77,9 @@ class Description:
 
 
 def check_dtype(dtype: str | None) -> str | None:
-    """`dtype` itself; ValueError unless it is None or one of `DTYPES`."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}; allowed are {', '.join(DTYPES)}")
+    """`dtype` itself; ArgumentError unless it is None or one of `DTYPES`."""
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
     return dtype
 
 

@@ -20,8 +20,8 @@ from convert.errors import (
     TensorShapeError,
     UnexpectedKeyError,
     first_few,
-    shorten,
 )
+from djax.errors import shown
 
 FLOAT_DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """safetensors dtypes that parameters are read from, and their NumPy names."""
@@ -175,7 +175,7 @@ def _check_tensor(key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
             file=tensor.file, key=key)
     if tensor.shape != expected:
         raise TensorShapeError(
-            f"shape: got {shorten(tensor.shape)}; the configuration says {expected}", file=tensor.file, key=key)
+            f"shape: got {shown(tensor.shape)}; the configuration says {expected}", file=tensor.file, key=key)
 
 
 def _expected_keys(table: Table, leaf: str, shape: tuple[int, ...], filled: Sequence[Piece]) -> tuple[list[str], int]:

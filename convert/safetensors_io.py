@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.errors import HeaderError, IndexFileError, SourceError, first_few, shorten
+from convert.errors import HeaderError, IndexFileError, SourceError, first_few
 from convert.files import lfs_advice, open_regular, parse_json_object, read_json
+from djax.errors import shown
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 """Cap on a header. The format allows 100 MB; 16 MiB describe 100,000 tensors and bound the memory of parsing it."""
@@ -79,29 +80,29 @@ def _check_entry(key: str, entry: Any, *, file: Path, data_start: int, file_size
         return HeaderError(message, file=file, key=key)
 
     if not isinstance(entry, dict):
-        raise wrong(f"its header entry is {shorten(entry)}; it must be an object")
+        raise wrong(f"its header entry is {shown(entry)}; it must be an object")
     missing = [name for name in ("dtype", "shape", "data_offsets") if name not in entry]
     if missing:
         raise wrong(f"its header entry has no {missing[0]!r}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise wrong(f"dtype: got {shorten(dtype)}; known are {', '.join(DTYPE_BYTES)}")
+        raise wrong(f"dtype: got {shown(dtype)}; known are {', '.join(DTYPE_BYTES)}")
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise wrong(f"shape: got {shorten(shape)}; it must be a list of integers that are not negative")
+        raise wrong(f"shape: got {shown(shape)}; it must be a list of integers that are not negative")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise wrong(f"data_offsets: got {shorten(offsets)}; it must be two integers that are not negative")
+        raise wrong(f"data_offsets: got {shown(offsets)}; it must be two integers that are not negative")
     begin, end = offsets
     if end > file_size - data_start:
         raise wrong(
-            f"ends at byte {shorten(end)} of the data, the file has {file_size - data_start}: truncated, "
+            f"ends at byte {shown(end)} of the data, the file has {file_size - data_start}: truncated, "
             "download it again")
     nbytes = 0 if 0 in shape else DTYPE_BYTES[dtype]
     for size in shape:
         nbytes *= size
         if nbytes > file_size:
-            raise wrong(f"shape: {shorten(shape)} of {dtype} is larger than the whole file ({file_size} bytes)")
+            raise wrong(f"shape: {shown(shape)} of {dtype} is larger than the whole file ({file_size} bytes)")
     if begin > end or end - begin != nbytes:
-        raise wrong(f"data_offsets: {shorten(offsets)} do not span the {nbytes} bytes of {shorten(shape)} {dtype}")
+        raise wrong(f"data_offsets: {shown(offsets)} do not span the {nbytes} bytes of {shown(shape)} {dtype}")
     return TensorInfo(key=key, file=file, dtype=dtype, shape=tuple(shape), offset=data_start + begin, nbytes=nbytes)
 
 
@@ -144,12 +145,12 @@ def read_index(path: Path) -> dict[str, str]:
     """
     weight_map = read_json(path, error=IndexFileError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise IndexFileError(f"got {shorten(weight_map)}; it must map keys to files", file=path, key="weight_map")
+        raise IndexFileError(f"got {shown(weight_map)}; it must map keys to files", file=path, key="weight_map")
     for key, name in weight_map.items():
         plain = isinstance(name, str) and name.endswith(".safetensors") and name.isprintable()
         if not plain or any(part in name for part in ("/", "\\", ":", "..")):
             raise IndexFileError(
-                f"is in {shorten(name)}; it must be the plain name of a .safetensors file beside the index",
+                f"is in {shown(name)}; it must be the plain name of a .safetensors file beside the index",
                 file=path, key=key)
     return weight_map
 

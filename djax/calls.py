@@ -64,7 +64,8 @@ def resolve_ids(options: CallOptions, config: ModelConfig) -> tuple[int, tuple[i
     """
     mask_id = config.mask_id if options.mask_id is None else options.mask_id
     if mask_id is None:
-        raise ValueError("mask_id: neither the checkpoint nor its tokenizer gives one; pass mask_id=")
+        raise ArgumentError("mask_id", "none, neither from the checkpoint nor from its tokenizer", allowed="a token id",
+                            advice="give it")
     given: Any = (config.eos_id, *config.other_eos_ids) if options.eos_id is None else options.eos_id
     mask_id, given = jax.device_get((mask_id, given))
     if isinstance(given, str | bytes):
@@ -72,7 +73,7 @@ def resolve_ids(options: CallOptions, config: ModelConfig) -> tuple[int, tuple[i
     eos_ids = tuple(map(_plain, given)) if np.ndim(given) else (_plain(given),)
     mask_id = _plain(mask_id)
     if not eos_ids:
-        raise ValueError("eos_id: got an empty list; give at least one id, or stop_on_eos=False")
+        raise ArgumentError("eos_id", "an empty list", allowed="at least one id", advice="or stop_on_eos=False")
     for name, token in [("mask_id", mask_id), *(("eos_id", token) for token in eos_ids)]:
         if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < config.vocab_size:
             raise ArgumentError(name, shown(token), allowed=f"0 to {config.vocab_size - 1}, the model's vocabulary")
@@ -148,24 +149,33 @@ def _scalar(name: str, value: Any) -> Any:
 
 def check_lengths(
     config: ModelConfig, rows: Sequence[Sequence[int]], *, max_new_tokens: Any = 0, samples: int = 1, least: int = 0,
+    name: str = "prompts",
 ) -> int:
     """The number of new tokens as an int, if the model has the positions for them.
 
     From the numbers alone, before anything of that size is allocated.
 
+    Args:
+        config: of the model.
+        rows: token ids, ragged.
+        max_new_tokens: positions to generate behind each row.
+        samples: of each row.
+        least: smallest number of new tokens allowed.
+        name: of the argument that the rows came in.
+
     Raises:
-        ArgumentError: names `max_new_tokens`, `num_samples` or `prompts`.
+        ArgumentError: names `max_new_tokens`, `num_samples` or the rows.
     """
     longest = max((len(row) for row in rows), default=0)
     count = _scalar("max_new_tokens", max_new_tokens)
     check_integer("max_new_tokens", count, least)
     if longest + count > config.max_positions:
         raise ArgumentError(
-            "max_new_tokens" if count else "prompts", f"{count} after a prompt of {longest} tokens" if count
+            "max_new_tokens" if count else name, f"{count} after a prompt of {longest} tokens" if count
             else f"a row of {longest} tokens", allowed=f"{config.max_positions} positions in all",
             advice="shorten the prompt or generate less" if count else "shorten it")
     if samples * max(len(rows), 1) * max(longest + count, 1) >= 2**31:
-        raise ArgumentError("num_samples", f"{samples} of {len(rows)} prompts",
+        raise ArgumentError("num_samples", f"{samples} of {len(rows)} {name}",
                             allowed="fewer than 2**31 tokens in all", advice="sample in several calls")
     return count
 

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from djax import struct
-from djax.errors import check_integer
+from djax.errors import ArgumentError, check_integer
 
 
 @struct.dataclass
@@ -131,12 +131,12 @@ class Canvas:
         check_integer("block_length", block_length, 1)
         rows, masks = [], []
         if len(tokens) != len(masked):
-            raise ValueError(f"mask: got {len(masked)} rows; tokens have {len(tokens)}; give one mask per row")
+            raise ArgumentError("mask", f"{len(masked)} rows", allowed=f"one for each of {len(tokens)} rows of tokens")
         for index, (row, mask) in enumerate(zip(tokens, masked, strict=True)):
             row_ids, row_mask = np.asarray(list(row), np.int32), np.asarray(list(mask), bool)
             if row_ids.shape != row_mask.shape:
-                raise ValueError(
-                    f"mask: row {index} has {row_mask.size} entries and {row_ids.size} tokens; they must be equal")
+                raise ArgumentError(f"mask[{index}]", f"{row_mask.size} entries",
+                                    allowed=f"one for each of its row's {row_ids.size} tokens")
             rows.append(np.where(row_mask, np.int32(mask_id), row_ids))
             masks.append(row_mask)
         lead = [int(mask.argmax()) if mask.any() else len(mask) for mask in masks]
@@ -152,7 +152,7 @@ class Canvas:
     ) -> Canvas:
         """Shift each row so that its `lead` first tokens end at the common start of block 0."""
         if not rows:
-            raise ValueError("prompts: got none; give at least one row")
+            raise ArgumentError("prompts", "none", allowed="at least one row", advice="give one")
         rest = max(max(len(row) - n for row, n in zip(rows, lead, strict=True)), worst_rest)
         first_block, num_blocks = max(lead), -(-rest // block_length)
         if bucket:

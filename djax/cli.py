@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from djax.cli_cache import COMPILE_CACHE_HELP, use_compile_cache
-from djax.cli_errors import OneLineGroup, WrongInput, shown
+from djax.cli_errors import OneLineCommand, OneLineGroup
 from djax.cli_interrupt import interruptible, reaching
 from djax.cli_mesh import Place, place
 from djax.cli_options import (
@@ -32,13 +30,13 @@ from djax.cli_options import (
 )
 from djax.cli_plan import plan_command
 from djax.config import DTYPES
+from djax.errors import ArgumentError, check_choice, check_integer, check_number
 
 if TYPE_CHECKING:
     from djax.api import DiffusionLM
     from djax.generation import StreamStep
 
-_ARGUMENT = re.compile(
-    r"(max_new_tokens|block_length|temperature|top_[kp]|min_p|guidance|mask_id|eos_id|dtype|mesh)\b")
+_IN_RANGE = "give one in that range"
 
 app = typer.Typer(
     cls=OneLineGroup, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -75,7 +73,7 @@ def root(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 @with_flags(length=LengthFlags, sampling=SamplingFlags, flags=RecipeFlags, model=ModelFlags)
 def generate(
     prompt: Annotated[list[str] | None, typer.Argument(
@@ -103,35 +101,34 @@ def generate(
     """
     live = _wants_live(live, json=json or json_full, distributed=model.distributed is not None)
     _check_sampling(sampling)
-    _at_least("--max-new-tokens", length.max_new_tokens, 1)
+    check_integer("--max-new-tokens", length.max_new_tokens, 1, advice=_IN_RANGE)
     from djax.cli_input import read_prompts
     from djax.cli_output import Reached, print_generation
 
-    where = _place(model.mesh, model.distributed)
+    where = place(model.mesh, distributed=model.distributed)
     prompts = where.read(
         lambda: read_prompts(prompt, messages=messages, token_ids=token_ids, raw=raw), "prompts")
     arguments = _arguments(flags, sampling) | {
         "max_new_tokens": length.max_new_tokens, "stop_on_eos": not length.no_stop, "align": length.align,
         "allow_special_tokens": allow_special_tokens}
     lm = _load(model, where)
-    with _fields_as_flags():
-        if live:
-            _generate_live(lm, lm.stream(prompts, **arguments), sampling.block_length)
-            return
-        reached = Reached(as_json=json or json_full, full=json_full, prints=where.first, tokenizer=lm.tokenizer,
-                          eos_ids=(lm.config.eos_id, *lm.config.other_eos_ids))
-        with reaching(reached.tell):
-            generation = lm.generate(prompts, **arguments, watch=reached.put)
+    if live:
+        _generate_live(lm, lm.stream(prompts, **arguments), sampling.block_length)
+        return
+    reached = Reached(as_json=json or json_full, full=json_full, prints=where.first, tokenizer=lm.tokenizer,
+                      eos_ids=(lm.config.eos_id, *lm.config.other_eos_ids))
+    with reaching(reached.tell):
+        generation = lm.generate(prompts, **arguments, watch=reached.put)
     if where.first:
         print_generation(generation, as_json=json or json_full, full=json_full)
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 @with_flags(sampling=SamplingFlags, flags=RecipeFlags, model=ModelFlags)
 def infill(
     template: Annotated[str | None, typer.Argument(
-        metavar="TEMPLATE", help="Text with \\[MASK:n] where n tokens are to be filled in; - or nothing reads "
-        "standard input.")] = None,
+        metavar="TEMPLATE", help="Text with \\[MASK:n] where n tokens are to be filled in, taken as it is, without the "
+        "chat template; - or nothing reads standard input.")] = None,
     *,
     token_ids: Annotated[str | None, typer.Option(
         "--token-ids", metavar="FILE", help="JSON file (- is standard input) with token ids, null where one is to "
@@ -146,8 +143,9 @@ def infill(
     from djax.cli_output import Reached, print_generation
 
     if template is not None and token_ids is not None:
-        raise WrongInput("--token-ids", "TEMPLATE and --token-ids together", allowed="one of them", do="drop one")
-    where = _place(model.mesh, model.distributed)
+        raise ArgumentError("--token-ids", "TEMPLATE and --token-ids together", allowed="one of them",
+                            advice="drop one")
+    where = place(model.mesh, distributed=model.distributed)
     if token_ids is None and template in (None, "-"):
         template = where.read(lambda: read_stdin("TEMPLATE"), "template")
     arguments = _arguments(flags, sampling)
@@ -161,17 +159,16 @@ def infill(
         ids, mask = read_template(template or "", lm.tokenizer, mask_id=placeholder)
         return [ids], [mask]
 
-    with _fields_as_flags():
-        rows, masks = where.read(read, "token ids")
-        reached = Reached(as_json=json or json_full, full=json_full, prints=where.first, eos_ids=(),
-                          tokenizer=lm.tokenizer, whole=True)
-        with reaching(reached.tell):
-            generation = lm.infill(rows, masks, **arguments, watch=reached.put)
+    rows, masks = where.read(read, "token ids")
+    reached = Reached(as_json=json or json_full, full=json_full, prints=where.first, eos_ids=(),
+                      tokenizer=lm.tokenizer, whole=True)
+    with reaching(reached.tell):
+        generation = lm.infill(rows, masks, **arguments, watch=reached.put)
     if where.first:
         print_generation(generation, as_json=json or json_full, full=json_full)
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def convert(
     source: Source,
     destination: Annotated[str, typer.Argument(metavar="DST", help="Directory to write.")],
@@ -190,8 +187,8 @@ def convert(
     from djax import assets
 
     found = assets.resolve(source)
-    where = _place(mesh, distributed)
-    with reaching(lambda: f"interrupted; {destination} is as it was"), _fields_as_flags(), \
+    where = place(mesh, distributed=distributed)
+    with reaching(lambda: f"interrupted; {destination} is as it was"), \
             _progress("converting", where) as progress:
         written = converter.convert(
             found, destination, dtype=dtype, overwrite=force, mesh=where.mesh, progress=progress)
@@ -199,7 +196,7 @@ def convert(
         print(written)
 
 
-class _TrainCommand(TyperCommand):
+class _TrainCommand(OneLineCommand):
     """Help that ends with the fields of a configuration, read when it is asked for: that takes jax."""
 
     def get_help(self, ctx: Any) -> str:
@@ -223,10 +220,10 @@ def train(
         print(run(Path(config)))
 
 
-app.command("plan")(plan_command)
+app.command("plan", cls=OneLineCommand)(plan_command)
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def inspect(
     source: Source, *,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
@@ -294,17 +291,12 @@ def _arguments(flags: RecipeFlags, sampling: SamplingFlags) -> dict[str, Any]:
         "key": sampling.seed}
 
 
-def _place(mesh: str | None, distributed: str | None) -> Place:
-    with _fields_as_flags():
-        return place(mesh, distributed=distributed)
-
-
 def _load(model: ModelFlags, where: Place) -> DiffusionLM:
     _check_dtype(model.dtype)
     use_compile_cache(not model.no_compile_cache)
     from djax.api import load
 
-    with _fields_as_flags(), _progress("loading", where) as progress:
+    with _progress("loading", where) as progress:
         return load(model.model, dtype=model.dtype, mesh=where.mesh, mask_id=model.mask_id, eos_id=model.eos_id,
                     progress=progress)
 
@@ -337,55 +329,34 @@ def _wants_live(live: bool | None, *, json: bool, distributed: bool) -> bool:
     terminal = sys.stdout.isatty()
     if distributed:
         if live:
-            raise WrongInput("--live", "it with --distributed", allowed="one of them", do="drop one")
+            raise ArgumentError("--live", "it with --distributed", allowed="one of them", advice="drop one")
         return False
     if live and json:
-        raise WrongInput("--live", "it with --json", allowed="one of them", do="drop one")
+        raise ArgumentError("--live", "it with --json", allowed="one of them", advice="drop one")
     if live and not terminal:
-        raise WrongInput("--live", "it with an output that is not a terminal", allowed="a terminal",
-                         do="drop --live or run it in a terminal")
+        raise ArgumentError("--live", "it with an output that is not a terminal", allowed="a terminal",
+                            advice="drop --live or run it in a terminal")
     return terminal and not json if live is None else live
 
 
 def _check_dtype(dtype: str | None) -> None:
-    if dtype is not None and dtype not in DTYPES:
-        raise WrongInput("--dtype", shown(dtype), allowed=", ".join(DTYPES), do="pick one of them")
+    if dtype is not None:
+        check_choice("--dtype", dtype, DTYPES)
 
 
 def _check_sampling(sampling: SamplingFlags) -> None:
     """Wrong numbers are refused before jax is imported and a model is loaded."""
-    _at_least("--block-length", sampling.block_length, 1)
+    check_integer("--block-length", sampling.block_length, 1, advice=_IN_RANGE)
     if sampling.top_k is not None:
-        _at_least("--top-k", sampling.top_k, 1)
-    if not 0 <= sampling.seed < 2**63:
-        raise WrongInput("--seed", sampling.seed, allowed=f"an integer from 0 to {2**63 - 1}",
-                         do="give one in that range")
-    for name, value, low, high in (
-            ("--temperature", sampling.temperature, 0.0, math.inf), ("--top-p", sampling.top_p, 0.0, 1.0),
-            ("--min-p", sampling.min_p, 0.0, 1.0), ("--guidance", sampling.guidance, -1.0, math.inf)):
-        if value is not None and not (math.isfinite(value) and low <= value <= high):
-            span = f"a finite number of at least {low:g}" + ("" if math.isinf(high) else f" and at most {high:g}")
-            raise WrongInput(name, value, allowed=span, do="give one in that range")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if not least <= value < 2**31:
-        raise WrongInput(name, value, allowed=f"an integer of at least {least}", do="give one in that range")
-
-
-@contextmanager
-def _fields_as_flags() -> Iterator[None]:
-    """The API names arguments; a user of the command line has typed flags."""
-    try:
-        yield
-    except ValueError as error:
-        message = str(error)
-        named = _ARGUMENT.match(message)
-        if named is None:
-            raise
-        flag = "--" + named[1].replace("_", "-")
-        message = flag + message[named.end():].replace(f"pass {named[1]}=", f"give {flag}")
-        raise ValueError(message if message.count(";") > 1 else f"{message}; change it") from error
+        check_integer("--top-k", sampling.top_k, 1, advice=_IN_RANGE)
+    check_integer("--seed", sampling.seed, 0, 2**63 - 1, advice=_IN_RANGE)
+    check_number("--temperature", sampling.temperature, 0.0, advice=_IN_RANGE)
+    if sampling.top_p is not None:
+        check_number("--top-p", sampling.top_p, 0.0, 1.0, above=True, advice=_IN_RANGE)
+    if sampling.min_p is not None:
+        check_number("--min-p", sampling.min_p, 0.0, 1.0, advice=_IN_RANGE)
+    if sampling.guidance is not None:
+        check_number("--guidance", sampling.guidance, -1.0, advice=_IN_RANGE)
 
 
 @contextmanager

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from djax import cli_interrupt
+from djax.errors import ArgumentError, one_line, shown
 
 WRONG_INPUT = 2
 FAILED = 1
@@ -25,33 +24,53 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 
-class WrongInput(ValueError):
-    """Wrong input, in the four parts of every message: the field, what came, what is allowed, what to do."""
-
-    def __init__(self, field: str, got: object, *, allowed: str, do: str) -> None:
-        self.field = field
-        super().__init__(f"{field}: got {got}; allowed {allowed}; {do}")
+_ALIASES = {
+    "prompts": ("token_ids", "messages", "prompt", "template"), "messages": ("messages", "prompt"),
+    "token_ids": ("token_ids", "template"), "key": ("seed",), "steps_per_block": ("steps",),
+    "alpha": ("credit_alpha",), "beta": ("credit_beta",), "gamma": ("credit_gamma",), "source": ("source", "model")}
+"""Parameters of commands that an argument of the library may come from, where the names differ."""
 
 
 class _Refused(typer.BadParameter):
     """A value that a flag cannot take, described in full."""
 
 
-def refused(field: str, got: object, allowed: str) -> Exception:
-    """What a flag's parser raises: typer lets it through, where it would rephrase a `WrongInput`."""
-    return _Refused(str(WrongInput(field, shown(got), allowed=allowed, do="correct it")))
+def refused(flag: str, value: object, allowed: str) -> Exception:
+    """What a flag's parser raises: typer lets it through, where it would rephrase an `ArgumentError`."""
+    return _Refused(_sentence(ArgumentError(flag, shown(value), allowed=allowed)))
 
 
-def one_line(text: str) -> str:
-    """`text` on one line of bounded length, without control characters."""
-    line = " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text).split())
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
+class OneLineCommand(TyperCommand):
+    """A command whose errors name what was typed: the flag, or the argument's metavar."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments, as typer does; too many of them are an `ArgumentError`."""
+        ctx.allow_extra_args = True
+        try:
+            rest = super().parse_args(ctx, args)
+        except _UsageError as error:
+            error.ctx = ctx  # type: ignore[attr-defined]
+            raise
+        if rest:
+            raise ArgumentError("arguments", f"{shown(' '.join(rest))} too many", allowed="what the command takes",
+                                advice=_see(ctx))
+        return rest
 
-def shown(value: object) -> str:
-    """`repr(value)`, shortened, for the "got" of a message."""
-    text = one_line(repr(value))
-    return text if len(text) <= 80 else text[:77] + "..."
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an error about an argument of the library comes out as one about a flag."""
+        try:
+            return super().invoke(ctx)
+        except ArgumentError as error:
+            raise error.renamed(self._typed(error.name, ctx.params)) from error
+
+    def _typed(self, name: str, given: Mapping[str, Any]) -> str:
+        """`max_new_tokens` -> `--max-new-tokens`, `prompts[3]` -> `--token-ids[3]`; other names as they are."""
+        end = min((name.index(mark) for mark in "[." if mark in name), default=len(name))
+        own = {parameter.name: parameter for parameter in self.params}
+        found = [one for one in _ALIASES.get(name[:end], (name[:end],)) if one in own]
+        if not found:
+            return name
+        return _field(own[next((one for one in found if given.get(one) is not None), found[-1])]) + name[end:]
 
 
 class OneLineGroup(TyperGroup):
@@ -66,6 +85,13 @@ class OneLineGroup(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(cli_interrupt.report()) from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that is named first; options that stand there are typer's to refuse."""
+        if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            raise ArgumentError("COMMAND", shown(args[0]), allowed=", ".join(self.list_commands(ctx)),
+                                advice=_see(ctx))
+        return super().resolve_command(ctx, args)
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **extra: Any) -> Any:
         """Run a command line and exit with its code; `standalone_mode` is accepted and has no effect."""
@@ -87,7 +113,7 @@ class OneLineGroup(TyperGroup):
                 raise
             code, message = described
             if message:
-                print(f"djax: {one_line(message)}", file=sys.stderr)
+                print(f"djax: {one_line(message, _LONGEST)}", file=sys.stderr)
         sys.exit(code)
 
 
@@ -96,7 +122,10 @@ def _describe(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, typer.Abort):
         return INTERRUPTED, ""
     if isinstance(error, _ClickException):
-        return WRONG_INPUT, _usage(error)
+        usage = _usage(error)
+        return WRONG_INPUT, _sentence(usage) if isinstance(usage, ArgumentError) else usage
+    if isinstance(error, ArgumentError):
+        return WRONG_INPUT, _sentence(error)
     if isinstance(error, OSError):
         return WRONG_INPUT, _system(error)
     if isinstance(error, ValueError | NotImplementedError):
@@ -122,42 +151,42 @@ def _system(error: OSError) -> str:
     return f"{name}: got an error from the system ({error.strerror}); allowed a path that can be used; check it"
 
 
-def _usage(error: Exception) -> str:
+def _usage(error: Exception) -> ArgumentError | str:
     """typer's usage errors in the words of the others."""
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "djax"
-    see = f"see '{command} --help'"
-    option = getattr(error, "option_name", None)
-    message = one_line(getattr(error, "message", "") or str(error)).rstrip(".")
     if isinstance(error, _Refused):
-        return message
-    missing = re.match(r"Option '?(--[\w-]+)'? requires an argument", message)
-    if missing:
-        return f"{missing[1]}: got nothing; allowed one value; give it, {see}"
-    if type(error).__name__ == "NoSuchOption":
+        return error.message
+    context = getattr(error, "ctx", None)
+    command, see = context.command_path if context is not None else "djax", _see(context)
+    option, kind = getattr(error, "option_name", None), type(error).__name__
+    if kind == "NoSuchOption":
         near = getattr(error, "possibilities", None)
-        do = f"did you mean {' or '.join(sorted(near))}?" if near else see
-        return f"{option}: got an option that does not exist; allowed the options of '{command}'; {do}"
+        return ArgumentError(option or "option", "an option that does not exist", allowed=f"the options of '{command}'",
+                             advice=f"did you mean {' or '.join(sorted(near))}?" if near else see)
     parameter = getattr(error, "param", None)
-    if parameter is None:
-        unknown = re.match(r"No such command '(.*?)'", message)
-        if unknown:
-            names = ", ".join(context.command.list_commands(context)) if context is not None else "a command"
-            return f"COMMAND: got {shown(unknown[1])}; allowed {names}; {see}"
-        extra = re.match(r"Got unexpected extra argument(?:s|\(s\))? \((.*)\)", message)
-        if extra:
-            return f"arguments: got {shown(extra[1])} too many; allowed what the command takes; {see}"
-        field = option or "arguments"
-        return f"{field}: got a wrong use ({message}); allowed the documented use; {see}"
-    field = _field(parameter)
-    if type(error).__name__ == "MissingParameter":
-        return f"{field}: got nothing; allowed one value; give it, {see}"
-    return f"{field}: got a wrong value ({message}); allowed the documented values; {see}"
+    if kind == "BadOptionUsage" and context is not None:
+        parameter = next((one for one in context.command.params if option in (*one.opts, *one.secondary_opts)), None)
+        if getattr(parameter, "is_flag", False):
+            return ArgumentError(option or "option", "a value", allowed="no value", advice=f"drop it, {see}")
+    if kind in ("BadOptionUsage", "MissingParameter") and parameter is not None:
+        return ArgumentError(option or _field(parameter), "nothing", allowed="one value", advice=f"give it, {see}")
+    message = one_line(getattr(error, "message", "") or str(error)).rstrip(".")
+    return ArgumentError(option or ("arguments" if parameter is None else _field(parameter)),
+                         f"a wrong use ({message})", allowed="the documented one", advice=see)
+
+
+def _see(context: Any) -> str:
+    return f"see '{context.command_path if context is not None else 'djax'} --help'"
+
+
+def _sentence(error: ArgumentError) -> str:
+    """What came, what is allowed, and always what to do."""
+    return str(error if error.advice else ArgumentError(error.name, error.got, allowed=error.allowed,
+                                                        advice="change it"))
 
 
 def _field(parameter: Any) -> str:
     options = [name for name in getattr(parameter, "opts", ()) if name.startswith("--")]
-    return options[0] if options else (parameter.metavar or parameter.name or "argument").upper()
+    return options[0] if options else parameter.metavar or (parameter.name or "argument").upper()
 
 
 def _close_stdout() -> None:

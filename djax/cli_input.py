@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from djax.cli_errors import WrongInput, shown
+from djax.errors import ArgumentError, shown
 from djax.text import Tokenizer, check_messages
 
 _PLACEHOLDER = re.compile(r"\[MASK(?::([^\]]*))?\]")
@@ -25,26 +25,26 @@ def read_prompts(
     is read from standard input, unless that is a terminal.
 
     Raises:
-        WrongInput: more than one source or none, an unreadable file, or content of the wrong form.
+        ArgumentError: more than one source or none, an unreadable file, or content of the wrong form.
     """
     given = [name for name, value in (("PROMPT", prompts), ("--messages", messages), ("--token-ids", token_ids))
              if value]
     if len(given) > 1:
-        raise WrongInput(given[1], f"{' and '.join(given)} together", allowed="one source of prompts",
-                         do="drop the others")
+        raise ArgumentError(given[1], f"{' and '.join(given)} together", allowed="one source of prompts",
+                            advice="drop the others")
     if messages is not None:
         if raw:
-            raise WrongInput("--raw", "it with --messages", allowed="with plain text prompts",
-                             do="drop --raw, or give the text as PROMPT")
+            raise ArgumentError("--raw", "it with --messages", allowed="with plain text prompts",
+                                advice="drop --raw, or give the text as PROMPT")
         return _conversations(read_json(messages, "--messages"))
     if token_ids is not None:
         if raw:
-            raise WrongInput("--raw", "it with --token-ids", allowed="with plain text prompts", do="drop --raw")
+            raise ArgumentError("--raw", "it with --token-ids", allowed="with plain text prompts", advice="drop --raw")
         return _rows(read_json(token_ids, "--token-ids"), "--token-ids", _token_id, "token ids")
     texts = [read_stdin("PROMPT") if text == "-" else text for text in prompts or ["-"]]
     for text in texts:
         if not text.strip():
-            raise WrongInput("PROMPT", "an empty text", allowed="some text", do="write one, or pipe it in")
+            raise ArgumentError("PROMPT", "an empty text", allowed="some text", advice="write one, or pipe it in")
     return list(texts) if raw else [[{"role": "user", "content": text}] for text in texts]
 
 
@@ -52,11 +52,11 @@ def read_stdin(field: str) -> str:
     """Standard input as UTF-8, without its last newline.
 
     Raises:
-        WrongInput: standard input is a terminal, or not UTF-8.
+        ArgumentError: standard input is a terminal, or not UTF-8.
     """
     if sys.stdin is None or sys.stdin.isatty():
-        raise WrongInput(field, "nothing", allowed="an argument, a file, or standard input",
-                         do="give it as an argument, or pipe it in")
+        raise ArgumentError(field, "nothing", allowed="an argument, a file, or standard input",
+                            advice="give it as an argument, or pipe it in")
     return _decoded(sys.stdin.buffer.read(), field, "standard input").removesuffix("\n").removesuffix("\r")
 
 
@@ -64,7 +64,7 @@ def read_json(source: str, field: str) -> Any:
     """The value of a JSON file, or of standard input for "-".
 
     Raises:
-        WrongInput: the file cannot be read, or is not JSON.
+        ArgumentError: the file cannot be read, or is not JSON.
     """
     if source == "-":
         name, text = "standard input", read_stdin(field)
@@ -73,39 +73,39 @@ def read_json(source: str, field: str) -> Any:
         try:
             text = _decoded(Path(source).read_bytes(), field, source)
         except OSError as error:
-            raise WrongInput(field, f"{shown(source)} ({error.strerror or error})", allowed="a readable JSON file",
-                             do="check the path") from error
+            raise ArgumentError(field, f"{shown(source)} ({error.strerror or error})", allowed="a readable JSON file",
+                                advice="check the path") from error
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise WrongInput(field, f"{name}, which is not JSON ({error})", allowed="valid JSON",
-                         do="correct it") from error
+        raise ArgumentError(field, f"{name}, which is not JSON ({error})", allowed="valid JSON",
+                            advice="correct it") from error
 
 
 def read_template(template: str, tokenizer: Tokenizer | None, *, mask_id: int) -> tuple[list[int], list[bool]]:
     """Token ids and mask of a text with `[MASK:n]` (n positions to fill) or `[MASK]` (one) in it.
 
     Raises:
-        WrongInput: no placeholder, a wrong count in one, or no tokenizer.
+        ArgumentError: no placeholder, a wrong count in one, or no tokenizer.
     """
     if tokenizer is None:
-        raise WrongInput("TEMPLATE", "text for a checkpoint without tokenizer.json", allowed="token ids there",
-                         do="give --token-ids FILE with null for each masked position")
+        raise ArgumentError("TEMPLATE", "text for a checkpoint without tokenizer.json", allowed="token ids there",
+                            advice="give --token-ids FILE with null for each masked position")
     ids: list[int] = []
     mask: list[bool] = []
     end = 0
     for found in _PLACEHOLDER.finditer(template):
         count = found[1] if found[1] is not None else "1"
         if not (count.isascii() and count.isdigit() and 1 <= int(count[:9]) <= _LARGEST_FILL):
-            raise WrongInput("TEMPLATE", shown(found[0]), allowed=f"[MASK:n] with n from 1 to {_LARGEST_FILL}",
-                             do="correct the count")
+            raise ArgumentError("TEMPLATE", shown(found[0]), allowed=f"[MASK:n] with n from 1 to {_LARGEST_FILL}",
+                                advice="correct the count")
         piece = tokenizer.encode(template[end:found.start()])
         ids += piece + [mask_id] * int(count)
         mask += [False] * len(piece) + [True] * int(count)
         end = found.end()
     if not end:
-        raise WrongInput("TEMPLATE", f"{shown(template)} without a placeholder",
-                         allowed="text with [MASK:n] where n tokens are to be filled in", do="add one")
+        raise ArgumentError("TEMPLATE", f"{shown(template)} without a placeholder",
+                            allowed="text with [MASK:n] where n tokens are to be filled in", advice="add one")
     tail = tokenizer.encode(template[end:])
     return ids + tail, mask + [False] * len(tail)
 
@@ -114,14 +114,14 @@ def read_masked_ids(source: str, *, mask_id: int) -> tuple[list[list[int]], list
     """Token ids and masks of a JSON file of ids with null for each masked position: one row or a list of rows.
 
     Raises:
-        WrongInput: content of the wrong form, or a row without null.
+        ArgumentError: content of the wrong form, or a row without null.
     """
     rows = _rows(read_json(source, "--token-ids"), "--token-ids", lambda value: value is None or _token_id(value),
                  "token ids and nulls")
     for index, row in enumerate(rows):
         if None not in row:
-            raise WrongInput(f"--token-ids[{index}]", "no null", allowed="null at each position to fill in",
-                             do="mark at least one")
+            raise ArgumentError(f"--token-ids[{index}]", "no null", allowed="null at each position to fill in",
+                                advice="mark at least one")
     return ([[mask_id if value is None else value for value in row] for row in rows],
             [[value is None for value in row] for row in rows])
 
@@ -130,15 +130,15 @@ def _conversations(value: Any) -> list[Any]:
     if isinstance(value, dict) and "messages" in value:
         value = value["messages"]
     if not isinstance(value, list) or not value:
-        raise WrongInput("--messages", shown(value), allowed='a list of {"role", "content"}, or a list of such lists',
-                         do="correct the file")
+        raise ArgumentError("--messages", shown(value), advice="correct the file",
+                            allowed='a list of {"role", "content"}, or a list of such lists')
     batch = value if isinstance(value[0], list) else [value]
     for index, conversation in enumerate(batch):
         try:
             check_messages(conversation)
-        except ValueError as error:
+        except ArgumentError as error:
             place = f"--messages[{index}]" if len(batch) > 1 else "--messages"
-            raise ValueError(f"{place}: {error}") from error
+            raise error.renamed(place + error.name.removeprefix("messages")) from error
     return batch
 
 
@@ -149,17 +149,18 @@ def _token_id(value: Any) -> bool:
 def _rows(value: Any, field: str, accepts: Callable[[Any], bool], what: str) -> list[list[Any]]:
     """`value` as a list of rows: it is one row, or a list of rows."""
     if not isinstance(value, list) or not value:
-        raise WrongInput(field, shown(value), allowed=f"a list of {what}, or a list of such lists",
-                         do="correct the file")
+        raise ArgumentError(field, shown(value), allowed=f"a list of {what}, or a list of such lists",
+                            advice="correct the file")
     rows = value if isinstance(value[0], list) else [value]
     for index, row in enumerate(rows):
         place = f"{field}[{index}]" if rows is value else field
         if not isinstance(row, list) or not row:
-            raise WrongInput(place, shown(row), allowed=f"a list of {what} with at least one", do="correct the file")
+            raise ArgumentError(place, shown(row), allowed=f"a list of {what} with at least one",
+                                advice="correct the file")
         for position, item in enumerate(row):
             if not accepts(item):
-                raise WrongInput(f"{place}[{position}]", shown(item), allowed=what + ": integers from 0",
-                                 do="correct the file")
+                raise ArgumentError(f"{place}[{position}]", shown(item), allowed=what + ": integers from 0",
+                                    advice="correct the file")
     return rows
 
 
@@ -167,5 +168,5 @@ def _decoded(data: bytes, field: str, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise WrongInput(field, f"{name} with a byte that is not UTF-8 (at {error.start})", allowed="UTF-8 text",
-                         do="convert it") from error
+        raise ArgumentError(field, f"{name} with a byte that is not UTF-8 (at {error.start})", allowed="UTF-8 text",
+                            advice="convert it") from error

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from djax.cli_errors import WrongInput, shown
+from djax.errors import ArgumentError, shown
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -37,13 +37,13 @@ def place(mesh: str | None, *, distributed: str | None) -> Place:
     """Join the other processes, if there are any, and lay out the mesh. Without either, jax is not imported.
 
     Raises:
-        WrongInput: not a form that the flags take, or a mesh without devices of every process.
+        ArgumentError: not a form that the flags take, or a mesh without devices of every process.
         ValueError: as `djax.sharding.parse_mesh` and `make_mesh`.
     """
     if distributed is not None:
         if mesh is None:
-            raise WrongInput("--mesh", "nothing with --distributed", allowed="a mesh of all processes' devices",
-                             do="give one, such as --mesh tp")
+            raise ArgumentError("--mesh", "nothing with --distributed", allowed="a mesh of all processes' devices",
+                                advice="give one, such as --mesh tp")
         _join(distributed)
     if mesh is None:
         return Place(mesh=None, first=True, processes=1)
@@ -54,16 +54,16 @@ def place(mesh: str | None, *, distributed: str | None) -> Place:
 
     made = make_mesh(parse_mesh(mesh, devices=jax.device_count()))
     if len(processes(made.devices.flat)) < jax.process_count():
-        raise WrongInput(
+        raise ArgumentError(
             "--mesh", f"{shown(mesh)}, {made.size} of {jax.device_count()} devices in {jax.process_count()} processes",
-            allowed="a mesh with devices of every process", do="use all devices, or start fewer processes")
+            allowed="a mesh with devices of every process", advice="use all devices, or start fewer processes")
     return Place(mesh=made, first=jax.process_index() == 0, processes=jax.process_count())
 
 
 def _join(distributed: str) -> None:
     given = _PROCESS.fullmatch(distributed)
     if given is None and distributed != "auto":
-        raise WrongInput("--distributed", shown(distributed), allowed=_FORMS, do="correct it")
+        raise ArgumentError("--distributed", shown(distributed), allowed=_FORMS, advice="correct it")
     from djax.distributed import initialize
 
     try:
@@ -72,6 +72,6 @@ def _join(distributed: str) -> None:
         else:
             initialize(given["address"], num_processes=int(given["count"]), process_id=int(given["index"]))
     except ValueError as error:
-        raise WrongInput(
+        raise ArgumentError(
             "--distributed", f"{shown(distributed)}, which JAX cannot use ({error.__cause__ or error})",
-            allowed=_FORMS, do="correct it") from error
+            allowed=_FORMS, advice="correct it") from error

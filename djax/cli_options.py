@@ -26,11 +26,13 @@ def _option(name: str, *, panel: str, help: str, metavar: str | None = None) -> 
     return typer.Option(name, help=help, rich_help_panel=panel, metavar=metavar)
 
 
-def _integer(name: str, *, panel: str, help: str) -> Any:
+def integer(name: str, *, help: str, panel: str | None = None) -> Any:
+    """A flag that takes an integer, and says so in one line if it got something else."""
     return typer.Option(name, help=help, rich_help_panel=panel, metavar="INTEGER", parser=_parser(name, int))
 
 
-def _number(name: str, *, panel: str, help: str) -> Any:
+def number(name: str, *, help: str, panel: str | None = None) -> Any:
+    """A flag that takes a number, and says so in one line if it got something else."""
     return typer.Option(name, help=help, rich_help_panel=panel, metavar="NUMBER", parser=_parser(name, float))
 
 
@@ -55,9 +57,9 @@ class ModelFlags:
         help="Checkpoint; if not given the bundled one, djax:base (djax:compressed is after compression).")] = None
     dtype: Annotated[str | None, _option(
         "--dtype", panel=_MODEL, help="Of weights and activations: bfloat16, float16 or float32.")] = "bfloat16"
-    mask_id: Annotated[int | None, _integer(
+    mask_id: Annotated[int | None, integer(
         "--mask-id", panel=_MODEL, help="Token id of the mask, if the checkpoint does not say.")] = None
-    eos_id: Annotated[int | None, _integer(
+    eos_id: Annotated[int | None, integer(
         "--eos-id", panel=_MODEL, help="Token id that ends a sequence, instead of the checkpoint's.")] = None
     mesh: Annotated[str | None, _option("--mesh", panel=_MODEL, metavar=MESH_METAVAR, help=MESH_HELP)] = None
     distributed: Annotated[str | None, _option(
@@ -76,37 +78,37 @@ class RecipeFlags:
         "your own.")] = "dinfer"
     strategy: Annotated[str | None, _option(
         "--strategy", panel=_PARTS, help="threshold, quota, factor or hierarchical.")] = None
-    threshold: Annotated[float | None, _number(
+    threshold: Annotated[float | None, number(
         "--threshold", panel=_PARTS, help="threshold: commit what is at least this probable.")] = None
-    steps: Annotated[int | None, _integer(
+    steps: Annotated[int | None, integer(
         "--steps", panel=_PARTS, help="quota: steps per block; without it one token per step.")] = None
-    factor: Annotated[float | None, _number("--factor", panel=_PARTS, help="factor: Fast-dLLM's factor.")] = None
-    high: Annotated[float | None, _number(
+    factor: Annotated[float | None, number("--factor", panel=_PARTS, help="factor: Fast-dLLM's factor.")] = None
+    high: Annotated[float | None, number(
         "--high", panel=_PARTS, help="hierarchical: commit everything above it.")] = None
-    low: Annotated[float | None, _number(
+    low: Annotated[float | None, number(
         "--low", panel=_PARTS, help="hierarchical: commit the best of each run of masks above it.")] = None
     random_order: Annotated[bool, _option(
         "--random-order", panel=_PARTS, help="Choose positions at random instead of by confidence.")] = False
-    remask: Annotated[float | None, _number(
+    remask: Annotated[float | None, number(
         "--remask", panel=_PARTS, help="Reopen tokens whose probability falls below this.")] = None
     cache: Annotated[str | None, _option(
         "--cache", panel=_PARTS, help="none, prefix, dual, vicinity or block_causal.")] = None
-    before: Annotated[int | None, _integer(
+    before: Annotated[int | None, integer(
         "--before", panel=_PARTS, help="vicinity: positions before the block that each step recomputes.")] = None
-    after: Annotated[int | None, _integer("--after", panel=_PARTS, help="vicinity: positions after it.")] = None
-    warmup: Annotated[int | None, _integer(
+    after: Annotated[int | None, integer("--after", panel=_PARTS, help="vicinity: positions after it.")] = None
+    warmup: Annotated[int | None, integer(
         "--warmup", panel=_PARTS, help="Full forwards at the start of the first block, with a cache.")] = None
-    refresh_every: Annotated[int | None, _integer(
+    refresh_every: Annotated[int | None, integer(
         "--refresh-every", panel=_PARTS, help="Also recompute everything at every N-th step of a block.")] = None
-    smoothing: Annotated[float | None, _number(
+    smoothing: Annotated[float | None, number(
         "--smoothing", panel=_PARTS, help="Largest weight of the soft tokens; 0 for hard tokens.")] = None
     credit: Annotated[bool | None, _option(
         "--credit/--no-credit", panel=_PARTS, help="Credit decoding.")] = None
-    credit_alpha: Annotated[float | None, _number(
+    credit_alpha: Annotated[float | None, number(
         "--credit-alpha", panel=_PARTS, help="Weight of the credit in the logits.")] = None
-    credit_beta: Annotated[float | None, _number(
+    credit_beta: Annotated[float | None, number(
         "--credit-beta", panel=_PARTS, help="Decay of the credit per step.")] = None
-    credit_gamma: Annotated[float | None, _number(
+    credit_gamma: Annotated[float | None, number(
         "--credit-gamma", panel=_PARTS, help="Exponent of the credited probability.")] = None
     mask_token: Annotated[str | None, _option(
         "--mask-token", panel=_PARTS,
@@ -117,22 +119,22 @@ class RecipeFlags:
 class SamplingFlags:
     """How tokens are drawn."""
 
-    block_length: Annotated[int, _integer("--block-length", panel=_SAMPLING, help="Tokens per block.")] = 64
-    temperature: Annotated[float, _number("--temperature", panel=_SAMPLING, help="0 is greedy.")] = 0.0
-    top_k: Annotated[int | None, _integer("--top-k", panel=_SAMPLING, help="Keep the k most probable.")] = None
-    top_p: Annotated[float | None, _number("--top-p", panel=_SAMPLING, help="Nucleus mass.")] = None
-    min_p: Annotated[float | None, _number(
+    block_length: Annotated[int, integer("--block-length", panel=_SAMPLING, help="Tokens per block.")] = 64
+    temperature: Annotated[float, number("--temperature", panel=_SAMPLING, help="0 is greedy.")] = 0.0
+    top_k: Annotated[int | None, integer("--top-k", panel=_SAMPLING, help="Keep the k most probable.")] = None
+    top_p: Annotated[float | None, number("--top-p", panel=_SAMPLING, help="Nucleus mass.")] = None
+    min_p: Annotated[float | None, number(
         "--min-p", panel=_SAMPLING, help="Drop tokens below this share of the best one's probability.")] = None
-    guidance: Annotated[float | None, _number(
+    guidance: Annotated[float | None, number(
         "--guidance", panel=_SAMPLING, help="Classifier-free guidance scale; two forwards a step.")] = None
-    seed: Annotated[int, _integer("--seed", panel=_SAMPLING, help="Seed of the random numbers.")] = 0
+    seed: Annotated[int, integer("--seed", panel=_SAMPLING, help="Seed of the random numbers.")] = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LengthFlags:
     """How much is generated, and where it stops."""
 
-    max_new_tokens: Annotated[int, _integer(
+    max_new_tokens: Annotated[int, integer(
         "--max-new-tokens", panel=_LENGTH, help="Positions to generate for each prompt.")] = 256
     no_stop: Annotated[bool, _option(
         "--no-stop", panel=_LENGTH, help="Decode on after the end-of-sequence token.")] = False

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from djax.cli_errors import WrongInput, shown
-from djax.cli_options import RecipeFlags, with_flags
+from djax.cli_options import RecipeFlags, integer, number, with_flags
+from djax.errors import ArgumentError, shown
 
 if TYPE_CHECKING:
     from djax.config import ModelConfig
@@ -27,12 +27,12 @@ def plan_command(
     mesh: Annotated[str | None, typer.Option(
         "--mesh", metavar="AXIS=N,...|PRESET", help="tensor=4,expert=2, or tp, ep, tp_ep, dp_tp, ...; the fastest "
         "preset that fits if not given.")] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Rows.")] = 1,
-    prompt_length: Annotated[int, typer.Option("--prompt-length", help="Tokens of a prompt.")] = 176,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Positions to generate.")] = 1024,
-    block_length: Annotated[int | None, typer.Option(
+    batch: Annotated[int, integer("--batch", help="Rows.")] = 1,
+    prompt_length: Annotated[int, integer("--prompt-length", help="Tokens of a prompt.")] = 176,
+    max_new_tokens: Annotated[int, integer("--max-new-tokens", help="Positions to generate.")] = 1024,
+    block_length: Annotated[int | None, integer(
         "--block-length", help="Tokens per block; the model's own, or 64.")] = None,
-    tokens_per_forward: Annotated[float, typer.Option(
+    tokens_per_forward: Annotated[float, number(
         "--tokens-per-forward", help="Tokens that a forward is taken to give.")] = 3.87,
     no_compile: Annotated[bool, typer.Option(
         "--no-compile", help="Estimate only: needs no compiler, and reads nothing from the program.")] = False,
@@ -48,8 +48,8 @@ def plan_command(
     config = find_config(model)
     reason = None if no_compile else missing_compiler(topology)
     if reason is not None:
-        raise WrongInput("--topology", f"{topology} ({reason})", allowed="hardware whose compiler is installed",
-                         do="install it, or add --no-compile for the estimate alone")
+        raise ArgumentError("--topology", f"{topology} ({reason})", allowed="hardware whose compiler is installed",
+                            advice="install it, or add --no-compile for the estimate alone")
     show(plan(
         config, topology=topology, mesh=mesh, batch=batch, prompt_length=prompt_length, max_new_tokens=max_new_tokens,
         block_length=block_length, recipe=None if flags == RecipeFlags() else build_recipe(flags),
@@ -60,7 +60,7 @@ def find_config(model: str) -> ModelConfig:
     """The configuration of a published size, of a directory, or of a hub id in the local cache. Downloads nothing.
 
     Raises:
-        WrongInput: it is none of these.
+        ArgumentError: it is none of these.
     """
     from convert import read_config
     from djax import assets
@@ -78,9 +78,9 @@ def find_config(model: str) -> ModelConfig:
         cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
         if isinstance(cached, str):
             return read_config(Path(cached).parent)
-    raise WrongInput(
+    raise ArgumentError(
         "MODEL", shown(model), allowed=f"{', '.join(PUBLISHED)}, a checkpoint's directory or a hub id that is in the "
-        "cache", do="give one of them (its config.json is enough)")
+        "cache", advice="give one of them (its config.json is enough)")
 
 
 def show(planned: Plan, *, as_json: bool) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import math
 import operator
 import sys
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from typing import Any
 
 from djax import recipes
 from djax.cache_policies import BlockCausal, Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
-from djax.cli_errors import WrongInput, shown
 from djax.cli_options import RecipeFlags
+from djax.errors import ArgumentError, check_choice, check_integer, check_number, shown
 from djax.recipes import Recipe
 from djax.smoothing import HardTokens
 from djax.strategies import Factor, Hierarchical, Quota, RandomOrder, Remasking, Threshold
@@ -43,6 +42,7 @@ _STRATEGY_FLAGS = {"threshold": "threshold", "steps": "quota", "factor": "factor
 _CACHE_FLAGS = {"before": ("vicinity",), "after": ("vicinity",), "warmup": ("prefix", "dual", "vicinity"),
                 "refresh_every": ("prefix", "dual", "vicinity")}
 _CREDIT_FLAGS = ("credit_alpha", "credit_beta", "credit_gamma")
+_IN_RANGE = "give one in that range"
 _PROBABILITIES = ("threshold", "high", "low", "remask", "smoothing", "credit_beta")
 
 
@@ -61,7 +61,7 @@ def build_recipe(flags: RecipeFlags) -> Recipe:
     """The recipe that the flags ask for.
 
     Raises:
-        WrongInput: an unknown name, a number out of range, or a flag that the chosen parts have no use for.
+        ArgumentError: an unknown name, a number out of range, or a flag that the chosen parts have no use for.
     """
     if ":" in flags.recipe:
         return _own_recipe(flags)
@@ -90,21 +90,21 @@ def _own_recipe(flags: RecipeFlags) -> Recipe:
     others = [field.name for field in dataclasses.fields(flags)
               if field.name != "recipe" and getattr(flags, field.name) != field.default]
     if others:
-        raise WrongInput(flag(others[0]), f"it with --recipe {flags.recipe}", allowed="it with a recipe of djax",
-                         do="put the number into your function")
+        raise ArgumentError(flag(others[0]), f"it with --recipe {flags.recipe}", allowed="it with a recipe of djax",
+                            advice="put the number into your function")
     module, _, function = flags.recipe.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         make = operator.attrgetter(function)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
-        raise WrongInput("--recipe", f"{shown(flags.recipe)} ({error})",
-                         allowed="module:function, of a module that Python finds from here",
-                         do="check both names") from error
+        raise ArgumentError("--recipe", f"{shown(flags.recipe)} ({error})",
+                            allowed="module:function, of a module that Python finds from here",
+                            advice="check both names") from error
     recipe = make() if callable(make) else make
     if not isinstance(recipe, Recipe):
-        raise WrongInput("--recipe", f"{shown(flags.recipe)}, which gives a {type(recipe).__name__}",
-                         allowed="a function without arguments that returns djax.Parts", do="return one")
+        raise ArgumentError("--recipe", f"{shown(flags.recipe)}, which gives a {type(recipe).__name__}",
+                            allowed="a function without arguments that returns djax.Parts", advice="return one")
     return recipe
 
 
@@ -119,9 +119,7 @@ def _plain(value: str) -> str:
 
 def _choice(name: str, value: str, allowed: Any) -> str:
     plain = _plain(value)
-    if plain not in allowed:
-        raise WrongInput(flag(name), shown(value), allowed=", ".join(allowed), do="pick one of them")
-    return plain
+    return plain if plain in allowed else str(check_choice(flag(name), value, allowed))
 
 
 def _read(name: str) -> _Base:
@@ -146,16 +144,16 @@ def _defaults(function: Any) -> dict[str, Any]:
 def _check_numbers(flags: RecipeFlags) -> None:
     for name in _PROBABILITIES:
         value = getattr(flags, name)
-        if value is not None and not 0 <= value <= 1:
-            raise WrongInput(flag(name), value, allowed="a number from 0 to 1", do="give one in that range")
+        if value is not None:
+            check_number(flag(name), value, 0.0, 1.0, advice=_IN_RANGE)
     for name in ("factor", "credit_alpha", "credit_gamma"):
         value = getattr(flags, name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise WrongInput(flag(name), value, allowed="a finite number of at least 0", do="give one in that range")
+        if value is not None:
+            check_number(flag(name), value, 0.0, advice=_IN_RANGE)
     for name, least in (("steps", 1), ("refresh_every", 1), ("before", 0), ("after", 0), ("warmup", 0)):
         value = getattr(flags, name)
-        if value is not None and not least <= value < 2**31:
-            raise WrongInput(flag(name), value, allowed=f"an integer of at least {least}", do="give one in that range")
+        if value is not None:
+            check_integer(flag(name), value, least, advice=_IN_RANGE)
 
 
 def _check_use(flags: RecipeFlags, *, strategy: str, cache: str, credit: bool) -> None:
@@ -163,18 +161,18 @@ def _check_use(flags: RecipeFlags, *, strategy: str, cache: str, credit: bool) -
     for name, owner in _STRATEGY_FLAGS.items():
         value = getattr(flags, name)
         if value is not None and strategy != owner:
-            raise WrongInput(flag(name), f"{value} with strategy {strategy}", allowed=f"with strategy {owner}",
-                             do=f"add --strategy {owner} or drop {flag(name)}")
+            raise ArgumentError(flag(name), f"{value} with strategy {strategy}", allowed=f"with strategy {owner}",
+                                advice=f"add --strategy {owner} or drop {flag(name)}")
     for name, owners in _CACHE_FLAGS.items():
         value = getattr(flags, name)
         if value is not None and cache not in owners:
-            raise WrongInput(flag(name), f"{value} with cache {cache}", allowed=f"with cache {' or '.join(owners)}",
-                             do=f"add --cache {owners[-1]} or drop {flag(name)}")
+            raise ArgumentError(flag(name), f"{value} with cache {cache}", allowed=f"with cache {' or '.join(owners)}",
+                                advice=f"add --cache {owners[-1]} or drop {flag(name)}")
     for name in _CREDIT_FLAGS:
         value = getattr(flags, name)
         if value is not None and not credit:
-            raise WrongInput(flag(name), f"{value} without credit decoding", allowed="with --credit",
-                             do=f"add --credit or drop {flag(name)}")
+            raise ArgumentError(flag(name), f"{value} without credit decoding", allowed="with --credit",
+                                advice=f"add --credit or drop {flag(name)}")
 
 
 def _strategy(flags: RecipeFlags, name: str, base: _Base, smoothing: float) -> Strategy:
@@ -183,8 +181,8 @@ def _strategy(flags: RecipeFlags, name: str, base: _Base, smoothing: float) -> S
         return recipes.llada(steps_per_block=flags.steps).strategy
     if name == "factor":
         if flags.factor is None:
-            raise WrongInput("--factor", "nothing with strategy factor", allowed="a number of at least 0",
-                             do="give it, for example --factor 1.5")
+            raise ArgumentError("--factor", "nothing with strategy factor", allowed="a number of at least 0",
+                                advice="give it, for example --factor 1.5")
         return Factor(flags.factor)
     if name == "threshold":
         default = base.numbers.get("threshold", _defaults(recipes.dinfer)["threshold"])
@@ -192,7 +190,7 @@ def _strategy(flags: RecipeFlags, name: str, base: _Base, smoothing: float) -> S
     published = _defaults(recipes.dinfer_hierarchical)
     high, low = (_or(getattr(flags, key), base.numbers.get(key, published[key])) for key in ("high", "low"))
     if low > high:
-        raise WrongInput("--low", low, allowed=f"at most --high, {high}", do="lower it or raise --high")
+        raise ArgumentError("--low", low, allowed=f"at most --high, {high}", advice="lower it or raise --high")
     return recipes.dinfer_hierarchical(high=high, low=low, smoothing=weight).strategy
 
 

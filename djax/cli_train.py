@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from djax.api import DiffusionLM, load
+from djax.errors import ArgumentError
 from djax.keys import as_key
 from djax.models import init_params
 from djax.sharding import make_mesh
 from djax.train import TrainConfig, read_config
+from djax.train.config import field_names
 from djax.train.loop import CHECKPOINTS_NAME
 from djax.train.run import make_batches, make_source, train
 from djax.types import Params
@@ -28,18 +30,35 @@ def run(path: Path) -> Path:
         OSError: the configuration or the data cannot be read, or the output cannot be written.
         ValueError: a field, an example or a checkpoint is wrong; one line that names it.
     """
+    config = read_config(path)
+    try:
+        return _run(config)
+    except ArgumentError as error:
+        raise error.renamed(_in_file(path, error.name)) from error
+
+
+def _in_file(path: Path, name: str) -> str:
+    """The field of the configuration that an argument of the library came from; other names as they are."""
+    name = {"task": "data.tasks", "source": "model.source"}.get(name, name)
+    sections = [field.name for field in dataclasses.fields(TrainConfig)]
+    if name.split(".")[0] in sections:
+        return f"{path}: {name}"
+    owners = [section for section in sections if f"{section}.{name}" in field_names()]
+    return f"{path}: {owners[0]}.{name}" if owners else name
+
+
+def _run(config: TrainConfig) -> Path:
     from convert import resolve_source
     from convert.checkpoint import save
     from djax import assets
 
-    config = read_config(path)
     output = Path(config.training.output)
     output.mkdir(parents=True, exist_ok=True)
     mesh = None if config.mesh is None else make_mesh(dataclasses.asdict(config.mesh))
     source = resolve_source(assets.resolve(config.model.source))
     lm = load(source, mesh=mesh)
     if lm.tokenizer is None or lm.config.mask_id is None:
-        raise ValueError("model.source: got a checkpoint without a tokenizer or a mask id; allowed one with both")
+        raise ArgumentError("model.source", "a checkpoint without a tokenizer or a mask id", allowed="one with both")
     model = lm.config
     batches = make_batches(config, make_source(config, lm.tokenizer), eos_id=model.eos_id)
     trained = train(_start(lm, config), model, config, batches, mesh=mesh)

@@ -24,6 +24,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from djax.errors import ArgumentError, check_integer
+
 _ABSENT, _GIVEN, _FAILED = range(3)
 _MOST_NAMES = 30
 _LONGEST_MESSAGE = 2000
@@ -77,8 +79,7 @@ def initialize(
     seconds = {"initialization_timeout": initialization_timeout, "heartbeat_timeout": heartbeat_timeout,
                "shutdown_timeout": shutdown_timeout}
     for name, value in seconds.items():
-        if value < 1:
-            raise ValueError(f"{name}: got {value}; allowed are whole seconds from 1")
+        check_integer(name, value, 1, advice="give whole seconds")
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     # JAX aborts with words about tasks that died; the likely reasons are others
     warning = threading.Timer(initialization_timeout - _WARNING_SECONDS, lambda: print(
@@ -93,11 +94,11 @@ def initialize(
             cluster_detection_method=cluster_detection_method, initialization_timeout=initialization_timeout,
             heartbeat_timeout_seconds=heartbeat_timeout, shutdown_timeout_seconds=shutdown_timeout)
     except (ValueError, TypeError) as error:
-        shown = ", ".join(f"{name}={value}" for name, value in given.items())
-        raise ValueError(
-            f"coordinator_address: got {shown} ({str(error).rstrip('.')}); allowed are all three, process_id from 0 "
-            "and below num_processes, or none of them in a cluster that JAX detects (Cloud TPU, GKE, SLURM, Open "
-            "MPI); give them") from error
+        got = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ArgumentError(
+            "coordinator_address", f"{got} ({str(error).rstrip('.')})", allowed="all three, process_id from 0 and "
+            "below num_processes, or none of them in a cluster that JAX detects (Cloud TPU, GKE, SLURM, Open MPI)",
+            advice="give them") from error
     finally:
         warning.cancel()
 
@@ -153,9 +154,9 @@ def share(
     everyone = sorted(devices, key=lambda device: device.id)
     peers = processes(everyone)
     if jax.process_index() not in peers:
-        raise ValueError(
-            f"mesh: got devices of processes {_listed(peers)}; this is process {jax.process_index()} and has none of "
-            "them; use a mesh with devices of every process that calls")
+        raise ArgumentError(
+            "mesh", f"devices of processes {_listed(peers)}", allowed="some of every process that calls: this is "
+            f"process {jax.process_index()} and has none of them", advice="use such a mesh")
     if len(peers) == 1:
         return make()
     state, payload, failure = _made(make)
@@ -188,7 +189,7 @@ def _made(make: Callable[[], Any]) -> tuple[int, bytes, Exception | None]:
 def _header(state: int, payload: bytes, same: Mapping[str, Any]) -> Int[np.ndarray, "H"]:
     """State, length, digest, and a digest for every value that must be the same."""
     if len(same) > _MOST_NAMES:
-        raise ValueError(f"same: got {len(same)} names; allowed are {_MOST_NAMES}")
+        raise ArgumentError("same", f"{len(same)} names", allowed=f"at most {_MOST_NAMES}")
     digests = [_words(hashlib.sha256(payload))] + [digest(value) for value in same.values()]
     header = np.zeros(4 + 2 * _MOST_NAMES, np.int32)
     header[:2] = state, len(payload)
@@ -201,9 +202,9 @@ def _check_same(digests: Int[np.ndarray, "P H"], names: Sequence[str], peers: Se
         own = digests[:, 2 * index : 2 * index + 2]
         differs = (own != own[0]).any(axis=1)
         if differs.any():
-            raise ValueError(
-                f"{name}: got different values on processes {peers[0]} and {peers[int(differs.argmax())]}; allowed is "
-                "one for all; give the same on every process")
+            raise ArgumentError(
+                name, f"different values on processes {peers[0]} and {peers[int(differs.argmax())]}",
+                allowed="one for all", advice="give the same on every process")
 
 
 def _given(
@@ -214,15 +215,15 @@ def _given(
     if len(giving) == len(peers):
         differs = (headers[:, 1:4] != headers[0, 1:4]).any(axis=1)
         if differs.any():
-            raise ValueError(
-                f"{name}: got different ones on processes {peers[0]} and {peers[int(differs.argmax())]}; allowed are "
-                "the same on all, or None on all but one")
+            raise ArgumentError(
+                name, f"different ones on processes {peers[0]} and {peers[int(differs.argmax())]}",
+                allowed="the same on all, or None on all but one")
         return payload
     if len(giving) != 1:
         where = f"processes {_listed([peers[int(index)] for index in giving])}" if len(giving) else "no process"
-        raise ValueError(
-            f"{name}: got them on {where} of {_listed(peers)}; allowed are all or one; give them on every process, or "
-            "on one and None on the others")
+        raise ArgumentError(
+            name, f"them on {where} of {_listed(peers)}", allowed="all or one",
+            advice="give them on every process, or on one and None on the others")
     return _spread(payload, headers, int(giving[0]), peers, devices)
 
 

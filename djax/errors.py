@@ -28,26 +28,30 @@ class ArgumentError(ValueError):
 
     def renamed(self, name: str) -> ArgumentError:
         """The same error about an argument of another name, such as a flag's."""
-        return ArgumentError(name, self.got, allowed=self.allowed, advice=self.advice)
+        return type(self)(name, self.got, allowed=self.allowed, advice=self.advice)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.name, self.got, self.allowed, self.advice)
+        return _rebuild, (type(self), self.name, self.got, self.allowed, self.advice)
 
 
-def _rebuild(name: str, got: str, allowed: str, advice: str) -> ArgumentError:
+def _rebuild(kind: type[ArgumentError], name: str, got: str, allowed: str, advice: str) -> ArgumentError:
     """An error that comes out of another process."""
-    return ArgumentError(name, got, allowed=allowed, advice=advice)
+    return kind(name, got, allowed=allowed, advice=advice)
 
 
-def one_line(text: str) -> str:
-    """`text` on one line, without control characters."""
-    return " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text).split())
+def one_line(text: str, longest: int | None = None) -> str:
+    """`text` on one line, without control characters, cut to `longest` characters."""
+    # what is cut off need not be looked at: texts can be of any size
+    head = text if longest is None else text[: 8 * longest]
+    line = " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in head).split())
+    if longest is None or (len(line) <= longest and len(head) == len(text)):
+        return line
+    return line[: longest - 3] + "..."
 
 
 def shown(value: object) -> str:
     """`repr(value)` on one line, shortened: the "got" of a message."""
-    text = one_line(repr(value))
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+    return one_line(repr(value), _LONGEST_VALUE)
 
 
 def check_number(
@@ -77,10 +81,9 @@ def check_number(
             finite = np.isfinite(numbers.astype(np.float32))
         if (finite & ((numbers > low) if above else (numbers >= low)) & (numbers <= high)).all():
             return value
-    span = [f"{'above' if above else 'at least'} {low:g}"] if low > -math.inf else []
+    span = [f"{'above' if above else 'of at least'} {low:g}"] if low > -math.inf else []
     span += [f"at most {high:g}"] if high < math.inf else []
-    raise ArgumentError(name, shown(value), allowed=" ".join(["a finite number", *" and ".join(span).split()]),
-                        advice=advice)
+    raise ArgumentError(name, shown(value), allowed=f"a finite number {' and '.join(span)}".rstrip(), advice=advice)
 
 
 def check_integer(

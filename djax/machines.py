@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from types import MappingProxyType
 
+from djax.errors import ArgumentError, shown
+
 GIB = 2**30
 
 
@@ -109,5 +111,6 @@ def machine(topology: str) -> Machine:
     """
     kind = topology.split(":")[0]
     if kind not in MACHINES:
-        raise ValueError(f"topology: got {topology!r}; there are figures for {', '.join(MACHINES)}")
+        raise ArgumentError("topology", shown(topology), allowed=f"KIND:SIZE with one of {', '.join(MACHINES)}",
+                            advice="such as h200:8 or v5e:2x4")
     return MACHINES[kind]

@@ -19,6 +19,7 @@ import numpy as np
 from djax import hlo
 from djax import topology as topologies
 from djax.config import ModelConfig
+from djax.errors import ArgumentError
 from djax.keys import as_key
 from djax.memory import DeviceMemory
 from djax.models import Kernels, abstract_params
@@ -142,10 +143,9 @@ def plan(
     request = Request.of(
         config, topology=topology, batch=batch, prompt_length=prompt_length, max_new_tokens=max_new_tokens,
         block_length=block_length, recipe=recipe, kernels=kernels, name=name)
-    if tokens_per_forward <= 0 or tokens_per_forward > request.shapes.block_length:
-        raise ValueError(
-            f"tokens_per_forward: got {tokens_per_forward}; allowed above 0 and at most the block length, "
-            f"{request.shapes.block_length}")
+    if not 0 < tokens_per_forward <= request.shapes.block_length:
+        raise ArgumentError("tokens_per_forward", tokens_per_forward,
+                            allowed=f"above 0 and at most the block length, {request.shapes.block_length}")
     sizes = request.best_sizes() if mesh is None else request.sizes(mesh)
     shared = request.on_mesh(sizes)
     refuse_what_does_not_fit(request, sizes, shared.memory, by="the estimate")
@@ -199,8 +199,8 @@ def _with_program(planned: Plan, request: Request, sizes: Mapping[str, int]) -> 
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFit(
-            f"mesh: got {request.name} on {request.topology} with {mesh_text(sizes)}, which the compiler refuses "
-            f"({str(error).splitlines()[0]}); allowed {planned.device_memory / 1e9:.2f} GB; {advice(request)}"
+            "mesh", f"{request.name} on {request.topology} with {mesh_text(sizes)}, which the compiler refuses "
+            f"({str(error).splitlines()[0]})", allowed=f"{planned.device_memory / 1e9:.2f} GB", advice=advice(request)
         ) from error
     memory = compiled_memory(compiled.memory_analysis(), planned.estimate)
     refuse_what_does_not_fit(request, sizes, memory, by="the compiler")

@@ -15,9 +15,10 @@ from jax.sharding import AbstractMesh
 
 from djax import recipes
 from djax import topology as topologies
-from djax.calls import CallOptions, make_parts, resolve_ids
+from djax.calls import CallOptions, check_block_length, make_parts, resolve_ids
 from djax.canvas import Canvas
 from djax.config import ModelConfig
+from djax.errors import ArgumentError, check_integer
 from djax.machines import Machine, machine
 from djax.memory import DeviceMemory, estimate_device_memory
 from djax.models import Kernels, abstract_params, logical_axes, parallel_on
@@ -28,7 +29,7 @@ from djax.state import Parts
 from djax.types import StepInfo
 
 
-class DoesNotFit(ValueError):
+class DoesNotFit(ArgumentError):
     """A generation needs more memory than its devices have."""
 
 
@@ -43,8 +44,7 @@ class Shapes:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name}: got {getattr(self, field.name)}; it must be at least 1")
+            check_integer(field.name, getattr(self, field.name), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +77,11 @@ class Request:
         block_length: int | None = None, recipe: Recipe | None = None, kernels: Kernels = Kernels(), name: str = "",
     ) -> Request:
         """Checked, with the canvas and the parts that `generate` would make."""
-        block = block_length or config.block_length or 64
+        block = check_block_length(config, block_length)
         shapes = Shapes(batch=batch, prompt_length=prompt_length, max_new_tokens=max_new_tokens, block_length=block)
         if prompt_length + max_new_tokens > config.max_positions:
-            raise ValueError(
-                f"max_new_tokens: got {max_new_tokens} after a prompt of {prompt_length} tokens; allowed "
-                f"{config.max_positions} positions in all; shorten one of them")
+            raise ArgumentError("max_new_tokens", f"{max_new_tokens} after a prompt of {prompt_length} tokens",
+                                allowed=f"{config.max_positions} positions in all", advice="shorten one of them")
         recipe = recipes.default_for(config) if recipe is None else recipe
         recipes.check_blocks(recipe, config, block_length=block)
         options = CallOptions(
@@ -118,8 +117,8 @@ class Request:
         count = topologies.device_count(self.topology)
         sizes = dict(mesh) if isinstance(mesh, Mapping) else parse_mesh(mesh, devices=count)
         if math.prod(sizes.values()) > count:
-            raise ValueError(
-                f"mesh: got {mesh_text(sizes)}, {math.prod(sizes.values())} devices; {self.topology} has {count}")
+            raise ArgumentError("mesh", f"{mesh_text(sizes)}, {math.prod(sizes.values())} devices",
+                                allowed=f"{count}, the devices of {self.topology}", advice="use a smaller mesh")
         return sizes or {"data": 1}
 
     def on_mesh(self, sizes: Mapping[str, int]) -> OnMesh:
@@ -172,8 +171,8 @@ def refuse_what_does_not_fit(request: Request, sizes: Mapping[str, int], memory:
     parts = ", ".join(f"{name} {getattr(memory, name) / 1e9:.2f}" for name in (
         "parameters", "cache", "other", "temporaries"))
     raise DoesNotFit(
-        f"mesh: got {request.name} on {request.topology} with {mesh_text(sizes)}: {memory.total / 1e9:.2f} GB a "
-        f"device by {by} ({parts} GB); allowed {limit / 1e9:.2f} GB; {advice(request)}")
+        "mesh", f"{request.name} on {request.topology} with {mesh_text(sizes)}: {memory.total / 1e9:.2f} GB a device "
+        f"by {by} ({parts} GB)", allowed=f"{limit / 1e9:.2f} GB", advice=advice(request))
 
 
 def advice(request: Request) -> str:

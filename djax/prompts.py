@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from djax.distributed import share, spans_processes
-from djax.errors import shown
+from djax.errors import ArgumentError, shown
 from djax.text import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -33,7 +33,7 @@ def encode_prompts(
     prompts = jax.device_get(prompts) if isinstance(prompts, jax.Array) else prompts
     batch: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
     if not batch:
-        raise ValueError("prompts: got an empty list; give at least one prompt")
+        raise ArgumentError("prompts", "an empty list", allowed="at least one prompt", advice="give one")
     return [_encode(prompt, f"prompts[{index}]", tokenizer, vocab_size, allow_special_tokens)
             for index, prompt in enumerate(batch)]
 
@@ -65,11 +65,11 @@ def shared_masked(
     """Rows to fill in and their masks, by the rules of `shared_prompts`."""
     def encode() -> tuple[list[list[int]], Sequence[Any]]:
         if token_ids is None:
-            raise ValueError("token_ids: got None; allowed one or several lists of token ids")
+            raise ArgumentError("token_ids", "None", allowed="one or several lists of token ids")
         host_mask = jax.device_get(mask) if isinstance(mask, jax.Array) else mask
         rows = encode_prompts(token_ids, tokenizer=None, vocab_size=vocab_size)
         if host_mask is None:
-            raise ValueError("mask: got None; allowed one for each row of token_ids")
+            raise ArgumentError("mask", "None", allowed="one for each row of token_ids")
         many = len(host_mask) > 0 and isinstance(host_mask[0], Sequence | np.ndarray | jax.Array)
         return rows, host_mask if many else [host_mask]
 
@@ -88,10 +88,10 @@ def check_ids(ids: Any, *, name: str, vocab_size: int) -> list[int]:
     """
     array = np.asarray(jax.device_get(ids))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"{name}: got {shown(ids)}; allowed a flat list of token ids, integers in [0, {vocab_size})")
+        raise ArgumentError(name, shown(ids), allowed=f"a flat list of token ids, integers in [0, {vocab_size})")
     if array.size and (array.min() < 0 or array.max() >= vocab_size):
         wrong = int(array[(array < 0) | (array >= vocab_size)][0])
-        raise ValueError(f"{name}: got token id {wrong}; allowed 0 to {vocab_size - 1}, the model's vocabulary")
+        raise ArgumentError(name, f"token id {wrong}", allowed=f"0 to {vocab_size - 1}, the model's vocabulary")
     return [int(token) for token in array]
 
 
@@ -101,8 +101,8 @@ def _is_single(prompts: Any) -> bool:
     if isinstance(prompts, np.ndarray):
         return prompts.ndim == 1
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise ValueError(f"prompts: got {shown(prompts)}; allowed a text, token ids, chat messages, or a list of one "
-                         "of these")
+        raise ArgumentError(
+            "prompts", shown(prompts), allowed="a text, token ids, chat messages, or a list of one of these")
     return len(prompts) > 0 and isinstance(prompts[0], int | np.integer | Mapping)
 
 
@@ -112,8 +112,9 @@ def _encode(
     is_chat = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
     if isinstance(prompt, str) or is_chat:
         if tokenizer is None:
-            raise ValueError(f"{name}: got {'text' if isinstance(prompt, str) else 'chat messages'}, but this "
-                             "checkpoint has no tokenizer.json; give token ids, or add the tokenizer's files")
+            raise ArgumentError(
+                name, f"{'text' if isinstance(prompt, str) else 'chat messages'}, but this checkpoint has no "
+                "tokenizer.json", allowed="token ids there", advice="give them, or add the tokenizer's files")
         encode = tokenizer.encode if isinstance(prompt, str) else tokenizer.apply_chat
         prompt = encode(prompt, allow_special_tokens=allow_special_tokens)
     return check_ids(prompt, name=name, vocab_size=vocab_size)

@@ -157,17 +157,17 @@ def check_blocks(recipe: Recipe, config: ModelConfig, *, block_length: int, gaps
     if not isinstance(policy, BlockCausal):
         return
     if config.block_length is None:
-        raise ValueError(
-            f"recipe: got the cache policy BlockCausal with {config.architecture}, whose attention is not causal over "
-            "blocks; use a recipe with another one, such as dinfer()")
+        raise ArgumentError(
+            "recipe", f"the cache policy BlockCausal with {config.architecture}, whose attention is not causal over "
+            "blocks", allowed="another cache policy there", advice="use a recipe with one, such as dinfer()")
     if block_length % config.block_length:
-        raise ValueError(
-            f"block_length: got {block_length}; with the cache policy BlockCausal it must be a multiple of "
-            f"{config.block_length}, the model's own block length")
+        raise ArgumentError(
+            "block_length", f"{block_length} with the cache policy BlockCausal",
+            allowed=f"a multiple of {config.block_length}, the model's own block length", advice="give one")
     if gaps:
-        raise ValueError(
-            "recipe: got the cache policy BlockCausal, which needs open positions in every block from the first to the "
-            "last; use recipe.replace(cache_policy=Dual())")
+        raise ArgumentError(
+            "recipe", "the cache policy BlockCausal, which needs open positions in every block from the first to the "
+            "last", allowed="another cache policy there", advice="use recipe.replace(cache_policy=Dual())")
 
 
 def _vicinity(before: int, after: int, warmup: int | Int[Array, ""], cache: bool) -> CachePolicy:

@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from djax.errors import ArgumentError, shown
+
 LogicalAxes = tuple[str | None, ...]
 """One name per array axis; None is an axis that is never split."""
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -69,10 +71,11 @@ def preset_sizes(preset: str, devices: int) -> dict[str, int]:
         ValueError: an unknown preset, or "single" for more than one device.
     """
     if preset not in PRESETS:
-        raise ValueError(f"preset: got {preset!r}; there are {', '.join(PRESETS)}")
+        raise ArgumentError("preset", shown(preset), allowed=", ".join(PRESETS), advice="pick one of them")
     axes = PRESETS[preset]
     if not axes and devices != 1:
-        raise ValueError(f"preset: got 'single' for {devices} devices; use another one, such as 'tp'")
+        raise ArgumentError("preset", f"'single' for {devices} devices", allowed="one device there",
+                            advice="use another one, such as 'tp'")
     sizes = dict.fromkeys(axes, 1)
     for factor in sorted(_prime_factors(devices), reverse=True):
         smallest = min(reversed(axes), key=lambda axis: sizes[axis])
@@ -98,23 +101,23 @@ def parse_mesh(text: str, *, devices: int) -> dict[str, int]:
     """
     if "=" not in text:
         if text not in PRESETS or (not PRESETS[text] and devices != 1):
-            raise ValueError(
-                f"mesh: got {text!r} for {devices} devices; it is one of {', '.join(PRESETS)} (single for one device "
-                "only), or sizes such as 'tensor=4,expert=2'")
+            raise ArgumentError(
+                "mesh", f"{shown(text)} for {devices} devices", allowed=f"{', '.join(PRESETS)} (single for one device "
+                "only), or sizes such as tensor=4,expert=2", advice="pick one of them")
         return preset_sizes(text, devices)
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
         name = name.strip()
         if not size.strip().isdecimal() or int(size) < 1 or name in sizes:
-            raise ValueError(
-                f"mesh: got {text!r}; it is a list of different axes with their sizes, such as 'tensor=4,expert=2', or "
-                f"one of {', '.join(PRESETS)}")
+            raise ArgumentError(
+                "mesh", shown(text), allowed="a list of different axes with their sizes, such as tensor=4,expert=2, or "
+                f"one of {', '.join(PRESETS)}", advice="correct it")
         sizes[name] = int(size)
     known = sorted({axis for target in DEFAULT_RULES.values() for axis in _targets(target)})
     for name in sizes:
         if name not in known:
-            raise ValueError(f"mesh: got an axis {name!r}; the rules use {', '.join(known)}")
+            raise ArgumentError("mesh", f"an axis {shown(name)}", allowed=", ".join(known), advice="pick one of them")
     return sizes
 
 
@@ -135,8 +138,8 @@ def make_mesh(
     needed = math.prod(sizes.values())
     if needed > len(given) or needed < 1:
         wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(
-            f"mesh: got {wanted}, {needed} devices; allowed 1 to {len(given)}, the devices here; use a smaller mesh")
+        raise ArgumentError("mesh", f"{wanted}, {needed} devices", allowed=f"1 to {len(given)}, the devices here",
+                            advice="use a smaller mesh")
     shape = tuple(sizes.values()) or (1,)
     chosen = given[:needed]
     if needed == len(given) and given[0].platform == "tpu":
@@ -160,14 +163,15 @@ def check_rules(mesh: Mesh, rules: Rules) -> None:
     """Raise ValueError for a rule of an axis that no model has, or a mesh axis that no rule uses."""
     for name in rules:
         if name not in DEFAULT_RULES:
-            raise ValueError(f"rules: got a rule for {name!r}; logical axes are {', '.join(DEFAULT_RULES)}")
+            raise ArgumentError("rules", f"a rule for {shown(name)}", allowed=", ".join(DEFAULT_RULES),
+                                advice="correct or drop it")
     used = {axis for name in rules for axis in mesh_axes(name, mesh, rules)}
     for axis, size in mesh.shape.items():
         if size > 1 and axis not in used:
             known = sorted({target for targets in rules.values() for target in _targets(targets)})
-            raise ValueError(
-                f"mesh: no rule uses its axis {axis!r} of {size} devices; the rules use {', '.join(known)}: rename the "
-                "axis, or give rules that split something over it")
+            raise ArgumentError(
+                "mesh", f"an axis {axis!r} of {size} devices that no rule uses", allowed=", ".join(known),
+                advice="rename the axis, or give rules that split something over it")
 
 
 def rules_for(axes: Any, shapes: Any, mesh: Mesh) -> Rules:
@@ -201,22 +205,23 @@ def partition_spec(
     array are split over the same mesh axis, or a mesh axis does not divide the array's.
     """
     if len(axes) != len(shape):
-        raise ValueError(f"{name}: got {len(axes)} axis names {axes} for the shape {shape}; one per axis is needed")
+        raise ArgumentError(name, f"{len(axes)} axis names {axes} for the shape {shape}", allowed="one per axis")
     entries: list[str | tuple[str, ...] | None] = []
     taken: dict[str, str | None] = {}
     for logical, size in zip(axes, shape, strict=True):
         targets = mesh_axes(logical, mesh, rules)
         for target in targets:
             if target in taken:
-                raise ValueError(
-                    f"{name}: its axes {taken[target]!r} and {logical!r} are both split over the mesh axis "
-                    f"{target!r}; change the rules so that one of them is not")
+                raise ArgumentError(
+                    name, f"axes {taken[target]!r} and {logical!r} that are both split over the mesh axis {target!r}",
+                    allowed="one of them", advice="change the rules so that one of them is not")
             taken[target] = logical
         parts = math.prod(mesh.shape[target] for target in targets)
         if size % parts:
-            raise ValueError(
-                f"{name}: axis {logical!r} of size {size} cannot be split evenly over {parts} devices (mesh axes "
-                f"{', '.join(targets)}); use a mesh that divides it, or map {logical!r} to None in the rules")
+            raise ArgumentError(
+                name, f"axis {logical!r} of size {size}, which cannot be split evenly over {parts} devices (mesh axes "
+                f"{', '.join(targets)})", allowed="a mesh that divides it",
+                advice=f"use one, or map {logical!r} to None in the rules")
         entries.append(targets[0] if len(targets) == 1 else targets or None)
     return PartitionSpec(*entries)
 
@@ -241,7 +246,8 @@ def shardings(axes: Any, shapes: Any, *, mesh: Mesh | None = None, rules: Rules 
     named_axes = named_leaves(axes)
     differ = sorted(set(names) ^ set(named_axes))
     if differ:
-        raise ValueError(f"axes: {len(differ)} leaves are in one of axes and shapes only, the first is {differ[0]}")
+        raise ArgumentError("axes", f"{len(differ)} leaves that are in one of axes and shapes only, first {differ[0]}",
+                            allowed="the same leaves in both")
     if mesh is None:
         single: Sharding = SingleDeviceSharding(default_device())
         return jax.tree.unflatten(structure, [single] * len(leaves))

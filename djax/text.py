@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from djax.errors import ArgumentError
+from djax.errors import ArgumentError, check_choice, shown
 
 ROLES = ("system", "user", "assistant")
 MASK_TOKEN = "<|mask|>"
@@ -35,25 +35,24 @@ def check_messages(messages: Sequence[Message]) -> None:
         ValueError: names the message and the field that is wrong, and what is allowed.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages: got {_short(messages)}; allowed a list of "
-                         '{"role": ..., "content": ...}; wrap a single message in a list')
+        raise ArgumentError("messages", shown(messages), allowed='a list of {"role": ..., "content": ...}',
+                            advice="wrap a single message in a list")
     if not messages:
-        raise ValueError("messages: got an empty list; allowed at least one message; add a user message")
+        raise ArgumentError("messages", "an empty list", allowed="at least one message", advice="add a user message")
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, Mapping):
-            raise ValueError(f'{where}: got {_short(message)}; allowed {{"role": ..., "content": ...}}')
+            raise ArgumentError(where, shown(message), allowed='{"role": ..., "content": ...}')
         for field in ("role", "content"):
             if field not in message:
                 got = ", ".join(sorted(map(repr, message))) or "no fields"
-                raise ValueError(f"{where}.{field}: got nothing (only {got}); allowed a text; add it")
+                raise ArgumentError(f"{where}.{field}", f"nothing (only {got})", allowed="a text", advice="add it")
             if not isinstance(message[field], str):
-                raise ValueError(f"{where}.{field}: got {_short(message[field])}; allowed a text")
-        if message["role"] not in ROLES:
-            raise ValueError(f"{where}.role: got {_short(message['role'])}; allowed {', '.join(ROLES)}")
+                raise ArgumentError(f"{where}.{field}", shown(message[field]), allowed="a text")
+        check_choice(f"{where}.role", message["role"], ROLES)
         if message["role"] == "system" and index:
-            raise ValueError(f"{where}.role: got 'system'; allowed user, assistant; "
-                             "a system message can only be the first one")
+            raise ArgumentError(f"{where}.role", "'system'", allowed="user, assistant",
+                                advice="a system message can only be the first one")
 
 
 def render_chat(messages: Sequence[Message]) -> str:
@@ -96,8 +95,8 @@ class Tokenizer:
                 "copy it there from the original checkpoint, or work with token ids")
         with file.open("rb") as stream:
             if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise ValueError(f"tokenizer: got {file}, a git-lfs pointer; allowed the file itself; "
-                                 "fetch it with 'git lfs pull'")
+                raise ArgumentError("tokenizer", f"{file}, a git-lfs pointer", allowed="the file itself",
+                                    advice="fetch it with 'git lfs pull'")
         try:
             with _quiet_transformers():
                 from transformers import PreTrainedTokenizerFast
@@ -107,8 +106,8 @@ class Tokenizer:
         except ImportError:
             raise
         except Exception as error:  # tokenizers raises bare Exception for a malformed file
-            raise ValueError(f"tokenizer: got {file}, which cannot be read ({_short(str(error))}); "
-                             "allowed a Hugging Face fast tokenizer; fetch the file again") from error
+            raise ArgumentError("tokenizer", f"{file}, which cannot be read ({shown(str(error))})",
+                                allowed="a Hugging Face fast tokenizer", advice="fetch the file again") from error
 
     @functools.cached_property
     def size(self) -> int:
@@ -140,12 +139,12 @@ class Tokenizer:
             ValueError: `text` is not a text, or not representable in UTF-8.
         """
         if not isinstance(text, str):
-            raise ValueError(f"text: got {_short(text)}; allowed a str")
+            raise ArgumentError("text", shown(text), allowed="a str")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"text: got a lone surrogate at character {error.start}; allowed valid Unicode; "
-                             "read the input as UTF-8") from error
+            raise ArgumentError("text", f"a lone surrogate at character {error.start}", allowed="valid Unicode",
+                                advice="read the input as UTF-8") from error
         return list(self.backend.encode(
             text, add_special_tokens=False, split_special_tokens=not allow_special_tokens))
 
@@ -159,7 +158,7 @@ class Tokenizer:
         """
         numbers = [int(number) for number in ids]
         if numbers and min(numbers) < 0:
-            raise ValueError(f"ids: got {min(numbers)}; allowed non-negative token ids")
+            raise ArgumentError("ids", min(numbers), allowed="non-negative token ids")
         return self.backend.decode([number for number in numbers if number < self.size],
                                    skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
@@ -180,9 +179,9 @@ class Tokenizer:
         except Exception as error:  # a template may raise anything, through Jinja or by itself
             if _is_bundled_template(self.backend.chat_template):  # no Jinja here, and none needed
                 return render_chat(messages)
-            raise ValueError(
-                f"messages: the checkpoint's chat template failed ({_short(str(error))}); allowed what it accepts; "
-                "change the messages, or give the prompt as text or token ids") from error
+            raise ArgumentError(
+                "messages", f"some that the checkpoint's chat template failed on ({shown(str(error))})",
+                allowed="what it accepts", advice="change them, or give the prompt as text or token ids") from error
 
     def apply_chat(self, messages: Sequence[Message], *, allow_special_tokens: bool = False) -> list[int]:
         """Token ids of `chat_text(messages)`: only the template's own control tokens, unless others are allowed.
@@ -297,9 +296,3 @@ def _bundled_template() -> str:
 
 def _is_bundled_template(template: object) -> bool:
     return isinstance(template, str) and template.strip() == _bundled_template().strip()
-
-
-def _short(value: object) -> str:
-    """`value` on one line of bounded length, for a message."""
-    text = repr(" ".join(value.split())) if isinstance(value, str) else " ".join(repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -19,6 +19,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from djax.errors import ArgumentError, shown
+
 GPUS = ("h200",)
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 
@@ -27,7 +29,7 @@ CORES_PER_CHIP = {"v4": 2, "tpu7x": 2}
 _PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")
 SIZES = {"h200": ("1", "2", "4", "8"), "v5e": _PLANES, "v6e": _PLANES, "v4": _CUBES, "v5p": _CUBES, "tpu7x": _CUBES}
-"""Usual sizes of every kind, the smallest first."""
+"""Usual sizes of every kind, the smallest first. There are no others of a TPU, but for cubes of 4x4x4 chips."""
 
 _NAME = re.compile(r"(?P<kind>[a-z0-9]+):(?P<shape>[1-9][0-9]*(x[1-9][0-9]*)*)")
 
@@ -92,7 +94,8 @@ def devices(name: str) -> tuple[Any, ...]:
     try:
         return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **one_chip).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"topology {name!r}: libtpu has no such slice ({str(error).splitlines()[0]})") from error
+        raise ArgumentError("topology", f"{shown(name)}, which libtpu cannot lay out ({str(error).splitlines()[0]})",
+                            allowed="a slice that it knows", advice="update libtpu, or take another one") from error
 
 
 def compile_for(
@@ -121,7 +124,18 @@ def compile_for(
 def _parse(name: str) -> tuple[str, str]:
     match = _NAME.fullmatch(name)
     if match is None or match["kind"] not in (*GPUS, *TPUS) or (match["kind"] in GPUS and "x" in match["shape"]):
-        raise ValueError(
-            f"topology: got {name!r}; it is one of {', '.join(GPUS)} with a number of devices, such as 'h200:8', or "
-            f"one of {', '.join(TPUS)} with a slice, such as 'v5e:2x4'")
-    return match["kind"], match["shape"]
+        raise ArgumentError(
+            "topology", shown(name), allowed=f"one of {', '.join(GPUS)} with a number of devices, or one of "
+            f"{', '.join(TPUS)} with a slice", advice="such as h200:8 or v5e:2x4")
+    kind, shape = match["kind"], match["shape"]
+    if kind in TPUS and shape not in SIZES[kind] and not _is_of_cubes(kind, shape):
+        more = ", or three multiples of 4" if SIZES[kind] is _CUBES else ""
+        raise ArgumentError("topology", f"{shown(name)}, a slice that there is not",
+                            allowed=f"{kind} with {', '.join(SIZES[kind])}{more}", advice="pick one of them")
+    return kind, shape
+
+
+def _is_of_cubes(kind: str, shape: str) -> bool:
+    """Whether a slice is made of whole racks, which optical switches put together."""
+    sides = [int(side) for side in shape.split("x")]
+    return SIZES[kind] is _CUBES and len(sides) == 3 and all(side % 4 == 0 for side in sides)

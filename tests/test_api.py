@@ -324,7 +324,7 @@ WRONG = [
     ({"guidance": float("inf")}, "guidance: got inf"),
     ({"recipe": "dinfer"}, "recipe: got a str"),
     ({"mask_id": 160}, "mask_id: got 160"),
-    ({"mask_id": None}, "mask_id: neither the checkpoint"),
+    ({"mask_id": None}, "mask_id: got none, neither from the checkpoint"),
     ({"eos_id": []}, "eos_id: got an empty list"),
     ({"eos_id": [1, 999]}, "eos_id: got 999"),
     ({"row_ids": [1, 2, 3]}, "row_ids: got 3 ids"),

@@ -90,12 +90,12 @@ def test_wrong_calls_are_errors_on_every_process(both):
     first, second = (result["errors"] for result in both)
     for name in ("prompts", "none", "key", "recipe", "call", "both fail"):
         assert first[name] == second[name], name
-    assert first["prompts"].startswith("ValueError: prompts: got different ones on processes 0 and 1; allowed")
-    assert first["none"].startswith("ValueError: prompts: got them on no process of 0, 1; allowed are all or one")
+    assert first["prompts"].startswith("ArgumentError: prompts: got different ones on processes 0 and 1; allowed")
+    assert first["none"].startswith("ArgumentError: prompts: got them on no process of 0, 1; allowed all or one")
     for name in ("key", "recipe", "call"):
-        assert first[name].startswith(f"ValueError: {name}: got different values on processes 0 and 1; allowed"), name
+        assert first[name].startswith(f"ArgumentError: {name}: got different values on processes 0 and 1"), name
     reason = "prompts[0]: got token id 999; allowed 0 to 159, the model's vocabulary"
-    assert first["both fail"] == second["one fails"] == f"ValueError: {reason}"
+    assert first["both fail"] == second["one fails"] == f"ArgumentError: {reason}"
     assert first["one fails"] == f"PeerError: process 1 of 2: {reason}"
     assert both[0]["save over"].startswith("DestinationError: ")
     assert "exists already" in both[0]["save over"]
@@ -209,7 +209,7 @@ def test_a_start_without_the_others_ends():
     ({}, "coordinator_address: got coordinator_address=None, num_processes=None, process_id=None"),
     ({"coordinator_address": "localhost:1", "num_processes": 2}, "coordinator_address: got coordinator_address=local"),
     ({"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 2}, "coordinator_address: got "),
-    ({"initialization_timeout": 0}, "initialization_timeout: got 0; allowed are whole seconds from 1"),
+    ({"initialization_timeout": 0}, "initialization_timeout: got 0; allowed an integer of at least 1; give whole"),
     ({"heartbeat_timeout": -1}, "heartbeat_timeout: got -1"),
     ({"shutdown_timeout": 0}, "shutdown_timeout: got 0"),
 ])
@@ -256,7 +256,7 @@ class _Device:
 
 
 def test_a_mesh_without_this_process_is_refused():
-    with pytest.raises(ValueError, match="mesh: got devices of processes 3, 4; this is process 0 and has none"):
+    with pytest.raises(ValueError, match=r"mesh: got devices of processes 3, 4; .* this is process 0 and has none"):
         distributed.share(lambda: 1, devices=[_Device(1, 4), _Device(0, 3)], name="value")  # type: ignore[list-item]
 
 

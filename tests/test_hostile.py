@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from djax import cache_policies, proposals, recipes, rl, schedules, stopping, strategies, transforms
+from djax import api, cache_policies, cli_train, proposals, recipes, rl, schedules, stopping, strategies, transforms
 from djax.api import _dtype_name
 from djax.calls import CallOptions, resolve_ids
+from djax.cli import app
 from djax.cli_options import RecipeFlags
 from djax.cli_recipe import RECIPES, build_recipe
 from djax.errors import ArgumentError
@@ -129,3 +134,115 @@ def test_every_parameter_of_a_recipe_is_a_flag(name: str, parameter: str) -> Non
         value = "prefix" if name == "fast_dllm" else False
     flag = {flags.get(parameter, parameter): "none" if value is False else value}
     assert build_recipe(RecipeFlags(recipe=name, **flag)) == RECIPES[name](**{parameter: value})
+
+
+REAL_LOAD = api.load
+RUN = """[data]
+tasks = ["addition"]
+[optimizer]
+learning_rate = 1e-3
+[training]
+output = "out"
+steps = 2
+batch_size = 2
+"""
+FILES = {
+    "ids": "[1, 2]", "wide": "[[1], [2, 999]]", "nulls": "[1, null]", "junk": "{", "deep": "[" * 100_000,
+    "bot": '[{"role": "bot", "content": "x"}]', "no.toml": "[data", "seed.toml": RUN + "seed = -1",
+    "mesh.toml": RUN + "[mesh]\ndata = 4096\n",
+    "steps.toml": RUN.replace("steps = 2", "steps = 1.5"), "typo.toml": RUN.replace("steps", "stepz")}
+"""What "@name" in a row of the table below is a file of."""
+IDS = ["--token-ids", "@ids", "--mask-id", "155"]
+PLAN = ["llada-moe", "--no-compile"]
+COMMANDS: list[tuple[list[str], str]] = [
+    (["genrate"], "COMMAND: got 'genrate'; allowed generate, infill, convert, train, plan, inspect; see"),
+    (["--vresion"], "--vresion: got an option that does not exist"),
+    (["generate", "hi", "--max-new-tokens", "1.5"], "--max-new-tokens: got '1.5'; allowed an integer"),
+    (["generate", "hi", "--max-new-tokens", "-1"], "--max-new-tokens: got -1; allowed an integer of at least 1"),
+    (["generate", *IDS, "--max-new-tokens", "1000000000"], "--max-new-tokens: got 1000000000 after a prompt of 2"),
+    (["generate", *IDS, "--block-length", "1000000000"], "--block-length: got 1000000000; allowed an integer"),
+    (["generate", *IDS, "--temperature", "1e38"], "--temperature: got 1e+38; allowed a finite number of at least 0"),
+    (["generate", "hi", "--temperature", "1e39"], "--temperature: got 1e+39"),
+    (["generate", "hi", "--top-p", "0"], "--top-p: got 0.0; allowed a finite number above 0 and at most 1"),
+    (["generate", "hi", "--min-p", "nan"], "--min-p: got nan"),
+    (["generate", "hi", "--guidance", "-2"], "--guidance: got -2.0; allowed a finite number of at least -1"),
+    (["generate", "hi", "--seed", str(2**63)], f"--seed: got {2**63}; allowed an integer from 0 to {2**63 - 1}"),
+    (["generate", "hi", "--seed", "0x1f"], "--seed: got '0x1f'; allowed an integer"),
+    (["generate", "hi", "--dtype", "int8"], "--dtype: got 'int8'; allowed bfloat16, float16, float32"),
+    (["generate", "hi", "--threshold", "-3"], "--threshold: got -3.0"),
+    (["generate", "hi", "--smoothing", "50"], "--smoothing: got 50.0"),
+    (["generate", "hi", "--warmup", "-5"], "--warmup: got -5; allowed an integer of at least 0"),
+    (["generate", "hi", "--cache", "none", "--warmup", "2"], "--warmup: got 2 with cache none"),
+    (["generate", "hi", "--recipe", "fast_dllm", "--factor", "nan"], "--factor: got nan"),
+    (["generate", "hi", "--recipe", "os:path"], "--recipe: got 'os:path', which gives a module"),
+    (["generate", "hi", "--steps"], "--steps: got nothing; allowed one value; give it, see 'djax generate --help'"),
+    (["generate", "hi", "--json=1"], "--json: got a value; allowed no value"),
+    (["generate", "hi", "--live"], "--live: got it with an output that is not a terminal"),
+    (["generate", "hi", "--mesh", "tensor=0"], "--mesh: got 'tensor=0'; allowed a list of different axes"),
+    (["generate", "hi", "--mesh", "rows=2"], "--mesh: got an axis 'rows'; allowed context, data"),
+    (["generate", "hi", "--distributed", "auto"], "--mesh: got nothing with --distributed"),
+    (["generate", "hi"], "PROMPT[0]: got chat messages, but this checkpoint has no tokenizer.json"),
+    (["generate", "hi", "--raw"], "PROMPT[0]: got text, but this checkpoint has no tokenizer.json"),
+    (["generate", "--token-ids", "@ids"], "--mask-id: got none, neither from the checkpoint nor from its tokenizer"),
+    (["generate", "--token-ids", "@wide"], "--token-ids[1]: got token id 999"),
+    (["generate", "--token-ids", "@nulls"], "--token-ids[1]: got None"),
+    (["generate", "--token-ids", "@deep"], "--token-ids: got {deep}, which is not JSON"),
+    (["generate", "--messages", "@junk"], "--messages: got {junk}, which is not JSON"),
+    (["generate", "--messages", "@bot"], "--messages[0].role: got 'bot'; allowed system, user, assistant"),
+    (["generate", "--messages", "@absent"], "--messages: got '{absent}' (No such file"),
+    (["infill", "a [MASK]"], "TEMPLATE: got text for a checkpoint without tokenizer.json"),
+    (["infill", "a", "b"], "arguments: got 'b' too many; allowed what the command takes; see 'djax infill --help'"),
+    (["infill", "--token-ids", "@ids"], "--token-ids[0]: got no null"),
+    (["infill", "--token-ids", "@nulls", "--mask-id", "155", "--recipe", "llada2"], "--recipe: got the cache"),
+    (["infill", "--token-ids", "@nulls", "--top-k", "2.5"], "--top-k: got '2.5'"),
+    (["convert", "@ids"], "DST: got nothing; allowed one value"),
+    (["convert", "@ids", "@out"], "{ids}: is a file; give the directory"),
+    (["convert", "djax:large", "@out"], "SRC: got 'djax:large'; allowed djax:base, djax:compressed"),
+    (["convert", "djax:base", "@out", "--dtype", "int4"], "--dtype: got 'int4'"),
+    (["convert", "djax:base", "@out", "--mesh", "tq"], "--mesh: got 'tq' for "),
+    (["inspect"], "SRC: got nothing"),
+    (["inspect", "@absent"], "{absent}: is no local directory"),
+    (["plan", *PLAN], "--topology: got nothing"),
+    (["plan", "llada-moe", "--topology", "v5e:3x5"], "--topology: got 'v5e:3x5', a slice that there is not; allowed"),
+    (["plan", *PLAN, "--topology", "v5e:3x5"], "--topology: got 'v5e:3x5', a slice that there is not; allowed"),
+    (["plan", *PLAN, "--topology", "v6e:2x8"], "--topology: got 'v6e:2x8', a slice that there is not; allowed"),
+    (["plan", *PLAN, "--topology", "v5p:2x2x3"], "--topology: got 'v5p:2x2x3', a slice that there is not"),
+    (["plan", *PLAN, "--topology", "h100:8"], "--topology: got 'h100:8'; allowed "),
+    (["plan", *PLAN, "--topology", "h200:8", "--batch", "0"], "--batch: got 0; allowed an integer of at least 1"),
+    (["plan", *PLAN, "--topology", "h200:8", "--batch", "x"], "--batch: got 'x'; allowed an integer"),
+    (["plan", *PLAN, "--topology", "h200:8", "--block-length", "0"], "--block-length: got 0"),
+    (["plan", *PLAN, "--topology", "h200:8", "--max-new-tokens", "9000"], "--max-new-tokens: got 9000 after a prompt"),
+    (["plan", *PLAN, "--topology", "h200:8", "--tokens-per-forward", "nan"], "--tokens-per-forward: got nan"),
+    (["plan", *PLAN, "--topology", "h200:8", "--mesh", "tensor=16"], "--mesh: got tensor=16, 16 devices; allowed 8"),
+    (["plan", "absent", "--no-compile", "--topology", "h200:8"], "MODEL: got 'absent'; allowed llada-moe"),
+    (["train"], "CONFIG.toml: got nothing"),
+    (["train", "@absent"], "{absent}: got an error from the system (No such file"),
+    (["train", "@no.toml"], "{no.toml}: got no TOML"),
+    (["train", "@seed.toml"], "{seed.toml}: training.seed: got -1; allowed an integer from 0"),
+    (["train", "@steps.toml"], "{steps.toml}: training.steps: got 1.5; allowed an integer"),
+    (["train", "@typo.toml"], "{typo.toml}: training.stepz: got a field that does not exist"),
+    (["train", "@mesh.toml"], "{mesh.toml}: mesh: got data=4096"),
+]
+
+
+@pytest.mark.parametrize(("command", "expected"), COMMANDS, ids=[" ".join(command) for command, _ in COMMANDS])
+def test_a_wrong_command_is_one_line(
+    golden_lm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str], expected: str,
+) -> None:
+    def load(*given: Any, mask_id: int | None = None, **options: Any) -> Any:
+        monkeypatch.setattr(golden_lm, "config", dataclasses.replace(golden_lm.config, mask_id=mask_id))
+        return golden_lm
+
+    assert cli_train.load is REAL_LOAD, "imported before it is replaced here"
+    monkeypatch.setattr(api, "load", load)
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content)
+    done = CliRunner().invoke(app, [str(tmp_path / word[1:]) if word.startswith("@") else word for word in command])
+    for name in (*FILES, "absent"):
+        expected = expected.replace("{" + name + "}", str(tmp_path / name))
+    assert done.exit_code == 2, done.output
+    assert isinstance(done.exception, SystemExit)
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("djax: " + expected)
+    assert ": got " not in done.stderr or re.search(": got .+; allowed .+; .+", done.stderr), done.stderr

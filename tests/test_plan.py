@@ -13,13 +13,14 @@ from typer.testing import CliRunner
 from djax import hlo, recipes, roofline
 from djax.cli import app
 from djax.config import ModelConfig
+from djax.errors import ArgumentError
 from djax.machines import MACHINES
 from djax.models import abstract_params
 from djax.plan import Plan, compile_program, plan
 from djax.plan_request import DoesNotFit, Request, count_steps
 from djax.published import PUBLISHED
 from djax.roofline import Split
-from djax.topology import device_count, larger_than, missing_compiler
+from djax.topology import device_count, devices, larger_than, missing_compiler
 
 LLADA_MOE = PUBLISHED["llada-moe"]
 HARD = recipes.dinfer(smoothing=None)
@@ -122,6 +123,16 @@ def test_sizes_of_topologies() -> None:
     assert [device_count(name) for name in ("h200:8", "v5e:2x4", "v5p:2x2x2", "tpu7x:2x2x1")] == [8, 8, 8, 8]
     assert larger_than("h200:2") == ("h200:4", "h200:8")
     assert larger_than("v5e:16x16") == ()
+    assert [device_count(name) for name in ("v5p:4x4x12", "v4:8x8x8", "h200:3")] == [192, 1024, 3]
+
+
+@pytest.mark.parametrize("name", ["v5e:3x5", "v5e:2x8", "v6e:4x2", "v5e:2x2x2", "v5p:2x2x3", "v5p:4x4", "v4:4x4x6"])
+def test_slices_that_there_are_not_are_refused(name: str) -> None:
+    kind = name.split(":")[0]
+    for look in (device_count, larger_than, missing_compiler, devices):
+        with pytest.raises(ArgumentError, match=f"^topology: got '{name}', .*; allowed {kind} with .*2x2") as error:
+            look(name)
+        assert error.value.name == "topology"
 
 
 # ---- what does not fit

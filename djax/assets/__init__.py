@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
+from djax.errors import ArgumentError, shown
+
 NAMES = ("base", "compressed")
 """What is bundled; the second after trajectory compression (`djax.train.trajectory`)."""
 PREFIX = "djax:"
@@ -21,7 +23,8 @@ def path(name: str = "base") -> Path:
         ValueError: there is none of that name.
     """
     if name not in NAMES:
-        raise ValueError(f"source: got {PREFIX + name!r}; bundled are {', '.join(PREFIX + name for name in NAMES)}")
+        raise ArgumentError("source", shown(PREFIX + name), allowed=", ".join(PREFIX + one for one in NAMES),
+                            advice="pick one of them, or give a directory or a hub id")
     root = Path(str(importlib.resources.files(__name__)))
     return root if name == "base" else root / name
 

@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from djax.errors import ArgumentError
 from djax.sharding import Rules, mesh_axes
 
 Axes = tuple[str, ...]
@@ -125,32 +126,34 @@ def parallel_on(mesh: Mesh, rules: Rules, *, num_heads: int, num_kv_heads: int) 
     axes = {name: split.get(name, ()) for name in (*_FIELDS, "batch")}
     for name, over in split.items():
         if over and name not in axes:
-            raise ValueError(
-                f"rules: {name!r} is split over {over}; a generation needs it whole: map it to None "
-                "(weights that were split for training are moved to the generation's shardings)")
+            raise ArgumentError(
+                "rules", f"{name!r} split over {over}", allowed="None for it: a generation needs it whole",
+                advice="map it to None (weights split for training are moved to the generation's shardings)")
     weights = {axis: name for name in ("heads", "experts", "ffn", "vocab") for axis in axes[name]}
     for name, reason in (("batch", "every row needs all weights"), ("sequence", "every position needs all weights")):
         for axis in axes[name]:
             if axis in weights:
-                raise ValueError(
-                    f"rules: {name!r} and {weights[axis]!r} are both split over the mesh axis {axis!r}; {reason}: use "
-                    "different axes")
+                raise ArgumentError(
+                    "rules", f"{name!r} and {weights[axis]!r}, which are both split over the mesh axis {axis!r}",
+                    allowed=f"different ones: {reason}", advice="use different axes")
     for axis in axes["sequence"]:
         if axis in axes["batch"]:
-            raise ValueError(f"rules: 'sequence' and 'batch' are both split over {axis!r}; use different axes")
+            raise ArgumentError("rules", f"'sequence' and 'batch', which are both split over {axis!r}",
+                                allowed="different axes", advice="use another one for one of them")
     if axes["kv_heads"] != axes["heads"][: len(axes["kv_heads"])]:
-        raise ValueError(
-            f"rules: 'kv_heads' is split over {axes['kv_heads']} and 'heads' over {axes['heads']}; the former must be "
-            "the first ones of the latter, so that a query head finds its keys on its own device")
+        raise ArgumentError(
+            "rules", f"'kv_heads' split over {axes['kv_heads']} and 'heads' over {axes['heads']}",
+            allowed="the first axes of the latter for the former",
+            advice="then a query head finds its keys on its own device")
     parts = math.prod(mesh.shape[axis] for axis in axes["heads"])
     if num_kv_heads % parts and parts % num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads: got {num_kv_heads} with heads split over {parts} devices; one must be a multiple of the "
-            "other: split 'heads' over fewer")
+        raise ArgumentError(
+            "num_kv_heads", f"{num_kv_heads} with heads split over {parts} devices",
+            allowed="a multiple or a divisor of these", advice="split 'heads' over fewer")
     if num_heads % parts:
-        raise ValueError(
-            f"num_heads: got {num_heads} split over {parts} devices (mesh axes {', '.join(axes['heads'])}); use a mesh "
-            "that divides it")
+        raise ArgumentError(
+            "num_heads", f"{num_heads} split over {parts} devices (mesh axes {', '.join(axes['heads'])})",
+            allowed="a mesh that divides it", advice="use one")
     return Parallel(
         heads=axes["heads"], kv_heads=axes["kv_heads"], experts=axes["experts"], ffn=axes["ffn"], vocab=axes["vocab"],
         sequence=axes["sequence"])

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from djax.ambient import on_device, without_mesh
+from djax.errors import ArgumentError
 from djax.keys import as_key
 from djax.prompts import Prompt, check_ids, encode_prompts
 from djax.rl.masked_states import masked_states
@@ -124,7 +125,8 @@ def _given(lm: DiffusionLM, prompts: Any, targets: Any, mask_id: int | None) -> 
         wanted.append(check_ids(target, name=name, vocab_size=lm.config.vocab_size))
     mask_token = lm.config.mask_id if mask_id is None else mask_id
     if mask_token is None:
-        raise ValueError("mask_id: neither the checkpoint nor its tokenizer gives one; pass mask_id=")
+        raise ArgumentError("mask_id", "none, neither from the checkpoint nor from its tokenizer", allowed="a token id",
+                            advice="give it")
     for index, (row, target) in enumerate(zip(rows, wanted, strict=True)):
         _check_target(lm, row, target, mask_token, name=f"targets[{index}]")
     forbidden = Forbidden(ids=np.asarray([mask_token], np.int32), limit=np.int32(lm.vocab_limit))  # type: ignore[arg-type]

@@ -154,7 +154,7 @@ def rollout_infill(
     mask_token, eos_ids = resolve_ids(options, lm.config)
     rows = [check_ids(row, name=f"tokens[{index}]", vocab_size=lm.config.vocab_size)
             for index, row in enumerate(tokens)]
-    _check_positions(lm, [len(row) for row in rows], "tokens", "a row")
+    check_lengths(lm.config, rows, samples=num_samples, name="tokens")
     if [len(row) for row in mask] != [len(row) for row in rows]:
         raise ValueError(f"mask: got rows of {[len(row) for row in mask]} entries; the rows of tokens have "
                          f"{[len(row) for row in rows]}; they must be equal")
@@ -338,12 +338,6 @@ def _forbidden(transform: Transform) -> Forbidden:
 
 def _name(part: Any) -> str:
     return type(part).__name__
-
-
-def _check_positions(lm: DiffusionLM, lengths: Sequence[int], name: str, value: object) -> None:
-    if max(lengths, default=0) > lm.config.max_positions:
-        raise ValueError(f"{name}: got {value}, which makes {max(lengths)} positions; allowed "
-                         f"{lm.config.max_positions} in all")
 
 
 def _repeat(rows: Sequence[Any], times: int) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from djax.errors import ArgumentError, check_integer
 from djax.train.step import TrainState
 
 
@@ -30,9 +31,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int = 2) -> None:
-        """Open `directory`, which is created. Raises OSError if that cannot be, ValueError if `keep` is below 1."""
-        if keep < 1:
-            raise ValueError(f"keep: got {keep}; it must be at least 1")
+        """Open `directory`, which is created. Raises OSError if that cannot be, ArgumentError if `keep` is below 1."""
+        check_integer("keep", keep, 1)
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory.resolve()
         self._manager = ocp.CheckpointManager(
@@ -79,9 +79,10 @@ class Checkpoints:
             target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))).state
         for name, leaf in target.items():
             if found[name].shape != leaf.shape:
-                raise ValueError(
-                    f"{self._directory / str(step)}: {name} has the shape {found[name].shape}; the model and optimizer "
-                    f"of this run need {leaf.shape}; use the configuration it was made with, or another output")
+                raise ArgumentError(
+                    str(self._directory / str(step)), f"the shape {found[name].shape} of {name}",
+                    allowed=f"{leaf.shape}, which model and optimizer of this run have",
+                    advice="use the configuration it was made with, or another output")
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in target]), meta
 
     def close(self) -> None:
@@ -94,6 +95,6 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise several kinds for a damaged file
             earlier = self.steps[:-1]
             go_on = f"go on from step {earlier[-1]}" if earlier else "start anew"
-            raise ValueError(
-                f"{self._directory / str(step)}: got a checkpoint that cannot be restored ({_reason(error)}); allowed "
-                f"a complete one of this configuration; remove that directory to {go_on}") from error
+            raise ArgumentError(
+                str(self._directory / str(step)), f"a checkpoint that cannot be restored ({_reason(error)})",
+                allowed="a complete one of this configuration", advice=f"remove that directory to {go_on}") from error

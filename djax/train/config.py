@@ -19,6 +19,7 @@ import jax
 import optax
 
 from djax.config import DTYPES
+from djax.errors import ArgumentError, check_choice, check_integer, check_number, shown
 
 OPTIMIZERS = ("adamw", "adam", "lion", "sgd", "adafactor", "muon")
 OBJECTIVES = ("masked", "block")
@@ -27,15 +28,14 @@ _OWN_OPTIONS = ("learning_rate", "weight_decay", "mask", "weight_decay_mask", "m
 """What no `optimizer.options` may hold: there is a field for it, or it follows from the model."""
 
 
-def _at_least(owner: str, values: dict[str, tuple[float, float]]) -> None:
-    for name, (value, least) in values.items():
-        if not (math.isfinite(value) and value >= least):
-            raise ValueError(f"{owner}.{name}: got {value}; allowed at least {least:g}; correct it")
+def _integers(section: str, owner: object, least: int, *names: str) -> None:
+    for name in names:
+        check_integer(f"{section}.{name}", getattr(owner, name), least, advice="correct it")
 
 
-def _one_of(owner: str, name: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    if value is not None and value not in allowed:
-        raise ValueError(f"{owner}.{name}: got {value!r}; allowed {', '.join(allowed)}; pick one of them")
+def _numbers(section: str, owner: object, *names: str, high: float = math.inf) -> None:
+    for name in names:
+        check_number(f"{section}.{name}", getattr(owner, name), 0.0, high, advice="correct it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,12 +67,11 @@ class DataSection:
 
     def __post_init__(self) -> None:
         if (self.path is None) == (not self.tasks):
-            raise ValueError("data: got " + ("neither path nor tasks" if self.path is None else "path and tasks")
-                             + "; allowed one of them; give one")
-        _at_least("data", {"row_length": (self.row_length, 2), "longest_tail": (self.longest_tail, 1),
-                           "group": (self.group, 1), "given": (self.given, 0)})
-        if self.given > 1:
-            raise ValueError(f"data.given: got {self.given}; allowed 0 to 1; correct it")
+            raise ArgumentError("data", "neither path nor tasks" if self.path is None else "path and tasks",
+                                allowed="one of them", advice="give one")
+        _integers("data", self, 2, "row_length")
+        _integers("data", self, 1, "longest_tail", "group")
+        _numbers("data", self, "given", high=1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,23 +97,22 @@ class OptimizerSection:
     """Further numbers and flags by the names of the optax function's arguments."""
 
     def __post_init__(self) -> None:
-        _one_of("optimizer", "name", self.name, OPTIMIZERS)
-        _one_of("optimizer", "schedule", self.schedule, SCHEDULES)
-        _at_least("optimizer", {
-            "learning_rate": (self.learning_rate, 0), "warmup_steps": (self.warmup_steps, 0),
-            "decay_steps": (self.decay_steps, 0), "weight_decay": (self.weight_decay, 0),
-            "clip_norm": (self.clip_norm or 0, 0)})
+        check_choice("optimizer.name", self.name, OPTIMIZERS)
+        check_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        _integers("optimizer", self, 0, "warmup_steps", "decay_steps")
+        _numbers("optimizer", self, "learning_rate", "weight_decay", *[] if self.clip_norm is None else ["clip_norm"])
         if self.weight_decay and self.name not in ("adamw", "lion", "muon"):
-            raise ValueError(f"optimizer.weight_decay: got {self.weight_decay}; allowed 0 with {self.name}, which has "
-                             "none; use adamw, lion or muon")
+            raise ArgumentError("optimizer.weight_decay", self.weight_decay,
+                                allowed=f"0 with {self.name}, which has none", advice="use adamw, lion or muon")
         if bool(self.decay_steps) != (self.schedule == "trapezoid"):
-            raise ValueError(f"optimizer.decay_steps: got {self.decay_steps} with {self.schedule}; allowed at least 1 "
-                             "with trapezoid and 0 with others; change one of them")
+            raise ArgumentError("optimizer.decay_steps", f"{self.decay_steps} with {self.schedule}",
+                                allowed="at least 1 with trapezoid and 0 with others", advice="change one of them")
         known = [name for name in inspect.signature(_function(self.name)).parameters if name not in _OWN_OPTIONS]
         for name, value in self.options.items():
             if name not in known or not isinstance(value, int | float):
-                raise ValueError(f"optimizer.options.{name}: got {value!r:.60}; allowed a number or a flag of "
-                                 f"{', '.join(known)}; correct or remove it")
+                raise ArgumentError(
+                    f"optimizer.options.{name}", shown(value), allowed=f"a number or a flag of {', '.join(known)}",
+                    advice="correct or remove it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,14 +150,16 @@ class TrainingSection:
     """Weight of the router's z-loss."""
 
     def __post_init__(self) -> None:
-        _one_of("training", "objective", self.objective, OBJECTIVES)
-        _one_of("training", "compute_dtype", self.compute_dtype, DTYPES)
-        _at_least("training", {name: (getattr(self, name), 1) for name in (
-            "steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "vocab_chunk")})
-        _at_least("training", {name: (getattr(self, name), 0) for name in ("seed", "balance", "router_z")})
+        check_choice("training.objective", self.objective, OBJECTIVES)
+        if self.compute_dtype is not None:
+            check_choice("training.compute_dtype", self.compute_dtype, DTYPES)
+        _integers("training", self, 1, "steps", "batch_size", "accumulate", "log_every", "save_every", "keep",
+                  "vocab_chunk")
+        check_integer("training.seed", self.seed, 0, 2**63 - 1, advice="correct it")
+        _numbers("training", self, "balance", "router_z")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"training.accumulate: got {self.accumulate}; allowed a divisor of "
-                             f"batch_size = {self.batch_size}; change one of them")
+            raise ArgumentError("training.accumulate", self.accumulate, allowed="a divisor of "
+                                f"batch_size = {self.batch_size}", advice="change one of them")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ class MeshSection:
     """Devices over which heads, hidden units of experts and the vocabulary are split."""
 
     def __post_init__(self) -> None:
-        _at_least("mesh", {name: (getattr(self, name), 1) for name in ("data", "expert", "tensor")})
+        _integers("mesh", self, 1, "data", "expert", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,11 +209,11 @@ def read_config(path: Path) -> TrainConfig:
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path}: got no TOML ({error}); correct it") from error
+        raise ArgumentError(str(path), f"no TOML ({error})", allowed="a TOML file", advice="correct it") from error
     try:
         config: TrainConfig = _build(TrainConfig, fields, where="")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except ArgumentError as error:
+        raise error.renamed(f"{path}: {error.name}") from error
     here = path.resolve().parent
     data = config.data
     if data.path is not None:
@@ -225,12 +225,22 @@ def read_config(path: Path) -> TrainConfig:
 def describe_fields() -> list[str]:
     """One line for each field of a configuration: its name, its type or default, what it means."""
     lines = []
-    for name, section in typing.get_type_hints(TrainConfig).items():
-        kind = next(kind for kind in (typing.get_args(section) or (section,)) if dataclasses.is_dataclass(kind))
-        documented = _docstrings(kind)  # type: ignore[arg-type]
-        for field in dataclasses.fields(kind):
-            lines.append(f"{name}.{field.name} ({_default(field)}): {documented[field.name]}")
+    for name, kind in _sections():
+        documented = _docstrings(kind)
+        lines += [f"{name}.{field.name} ({_default(field)}): {documented[field.name]}"
+                  for field in dataclasses.fields(kind)]
     return lines
+
+
+def field_names() -> list[str]:
+    """Every field of a configuration, as section.field."""
+    return [f"{name}.{field.name}" for name, kind in _sections() for field in dataclasses.fields(kind)]
+
+
+def _sections() -> list[tuple[str, Any]]:
+    """Names and dataclasses of a configuration's tables."""
+    return [(name, next(kind for kind in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(kind)))
+            for name, hint in typing.get_type_hints(TrainConfig).items()]
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -254,17 +264,17 @@ def _docstrings(section: type) -> dict[str, str]:
 def _build(section: Any, fields: Any, *, where: str) -> Any:
     """A section's dataclass from a table."""
     if not isinstance(fields, dict):
-        raise ValueError(f"{where}: got {fields!r:.60}; allowed a table; write [{where}]")
+        raise ArgumentError(where, shown(fields), allowed="a table", advice=f"write [{where}]")
     known = {field.name: field for field in dataclasses.fields(section)}
     prefix = f"{where}." if where else ""
     for name in fields:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "remove it"
-            raise ValueError(f"{prefix}{name}: got a field that does not exist; allowed {', '.join(known)}; {hint}")
+            raise ArgumentError(f"{prefix}{name}", "a field that does not exist", allowed=", ".join(known), advice=hint)
     for name, field in known.items():
         if name not in fields and field.default is field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{prefix}{name}: got nothing; allowed {_kind(field.type)}; add it")
+            raise ArgumentError(f"{prefix}{name}", "nothing", allowed=_kind(field.type), advice="add it")
     hints = typing.get_type_hints(section)
     return section(**{name: _value(hints[name], value, where=prefix + name) for name, value in fields.items()})
 
@@ -288,7 +298,7 @@ def _value(hint: Any, value: Any, *, where: str) -> Any:
             return float(value)
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise ValueError(f"{where}: got {value!r:.60}; allowed {_kind(kind)}; correct it")
+    raise ArgumentError(where, shown(value), allowed=_kind(kind), advice="correct it")
 
 
 def _kind(kind: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from djax.errors import ArgumentError, check_integer, check_number, shown
 from djax.text import Tokenizer, check_messages
 from djax.train import tasks
 from djax.train.loss import Batch
@@ -104,26 +105,30 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Pair]:
         if line.strip():
             try:
                 pairs.append(_pair_of(json.loads(line), tokenizer))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+            except ArgumentError as error:
+                raise error.renamed(f"{path}, line {number}: {error.name}") from error
+            except (ValueError, RecursionError) as error:
+                raise ArgumentError(f"{path}, line {number}", f"no JSON ({error})", allowed="a JSON object a line",
+                                    advice="correct it") from error
     if not pairs:
-        raise ValueError(f"{path}: got no examples; allowed at least one JSON object a line; add some")
+        raise ArgumentError(str(path), "no examples", allowed="at least one JSON object a line", advice="add some")
     return pairs
 
 
 def _pair_of(record: Any, tokenizer: Tokenizer) -> Pair:
     if not isinstance(record, dict) or not ({"prompt", "answer"} <= record.keys() or "messages" in record):
-        raise ValueError('got neither form; allowed {"prompt": ..., "answer": ...} and {"messages": [...]}')
+        raise ArgumentError("example", shown(record),
+                            allowed='{"prompt": ..., "answer": ...} and {"messages": [...]}')
     if "messages" in record:
         messages = record["messages"]
         check_messages(messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise ValueError("messages: got no answer at the end; allowed a conversation that ends with an assistant's "
-                             "message; add it")
+            raise ArgumentError("messages", "no answer at the end", allowed="a conversation that ends with an "
+                                "assistant's message", advice="add it")
         return encode_pair(messages[:-1], messages[-1]["content"], tokenizer)
     for field in ("prompt", "answer"):
         if not isinstance(record[field], str):
-            raise ValueError(f"{field}: got {record[field]!r:.60}; allowed a text")
+            raise ArgumentError(field, shown(record[field]), allowed="a text")
     return encode_pair(record["prompt"], record["answer"], tokenizer)
 
 
@@ -159,10 +164,8 @@ def batcher(
     """
     for name, value in (("batch_size", batch_size), ("row_length", row_length), ("longest_tail", longest_tail),
                         ("group", group)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}; it must be at least 1")
-    if not 0 <= given <= 1:
-        raise ValueError(f"given: got {given}; it must be from 0 to 1")
+        check_integer(name, value, 1)
+    check_number("given", given, 0.0, 1.0)
 
     @functools.lru_cache(maxsize=1)
     def rows_of(number: int) -> list[list[Sample]]:
@@ -178,9 +181,9 @@ def batcher(
         tokens, is_answer, ends = source.sample(index)
         room = row_length - len(tokens)
         if room < ends:
-            raise ValueError(
-                f"row_length: got {row_length}; example {index} has {len(tokens) - sum(is_answer)} + {sum(is_answer)} "
-                "tokens and needs one EOS; raise row_length or leave it out")
+            raise ArgumentError(
+                "row_length", row_length, allowed=f"what example {index} needs, {len(tokens) - sum(is_answer)} + "
+                f"{sum(is_answer)} tokens and one EOS", advice="raise it, or leave the example out")
         for_tail, for_share, for_place = np.random.default_rng([seed, index]).random(3)
         if for_share < given:
             known = int(for_place * (sum(is_answer) + 1))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from djax.ambient import without_mesh
+from djax.errors import ArgumentError, check_integer, shown
 from djax.keys import as_key
 from djax.train.checkpoints import Checkpoints
 from djax.train.loss import Batch
@@ -39,8 +40,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; it must be at least 1")
+            check_integer(name, getattr(self, name), 1)
 
     def saves(self, done: int) -> bool:
         """Whether the state is saved after `done` updates."""
@@ -162,9 +162,9 @@ def _resume(checkpoints: Checkpoints, state: TrainState, meta: Mapping[str, Any]
     now = json.loads(json.dumps(meta))
     for name in sorted({*now, *before}):
         if now.get(name) != before.get(name):
-            raise ValueError(
-                f"{name}: got {now.get(name)!r}; the run in this directory was started with {before.get(name)!r}; "
-                "use that, or another directory")
+            raise ArgumentError(
+                name, shown(now.get(name)), allowed=f"{shown(before.get(name))}, with which the run in this directory "
+                "was started", advice="use that, or another directory")
     return found
 
 

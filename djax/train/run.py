@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from djax.config import ModelConfig
+from djax.errors import ArgumentError
 from djax.keys import as_key
 from djax.models import build, logical_axes
 from djax.sharding import shardings
@@ -51,7 +52,7 @@ def train(
         OSError: the output cannot be written.
     """
     if model.mask_id is None:
-        raise ValueError("model.source: got a checkpoint without a mask id; allowed one that has it")
+        raise ArgumentError("model.source", "a checkpoint without a mask id", allowed="one that has it")
     training = config.training
     axes = logical_axes(model)
     pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
@@ -72,7 +73,9 @@ def train(
                 schedule=Schedule(steps=training.steps, log_every=training.log_every, save_every=training.save_every),
                 meta=config.identity(), report=report)
         except FloatingPointError as error:
-            raise ValueError(f"optimizer.learning_rate: {error}") from error
+            raise ArgumentError("optimizer.learning_rate", f"{config.optimizer.learning_rate:g}, with which training "
+                                f"diverged ({error})", allowed="one that it converges with",
+                                advice="lower it, or raise optimizer.warmup_steps") from error
     return state.params
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from djax import struct
 from djax.ambient import without_mesh
+from djax.errors import ArgumentError
 from djax.keys import as_key
 from djax.train.loss import Batch, Losses, LossWeights, masked_diffusion_loss
 from djax.types import Params
@@ -129,7 +130,7 @@ def _accumulated(
         return gradient(params, batch, key)
     rows = batch.tokens.shape[0]
     if rows % accumulate:
-        raise ValueError(f"accumulate: got {accumulate}; it must divide the batch's {rows} rows")
+        raise ArgumentError("accumulate", accumulate, allowed=f"a divisor of the batch's {rows} rows")
     micro = jax.tree.map(
         lambda leaf: jnp.swapaxes(leaf.reshape(rows // accumulate, accumulate, *leaf.shape[1:]), 0, 1), batch)
 

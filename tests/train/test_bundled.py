@@ -123,7 +123,7 @@ def test_the_command_answers_a_held_out_question_without_network() -> None:
 
 
 def test_a_name_that_is_not_bundled_is_one_line() -> None:
-    with pytest.raises(ValueError, match=r"source: got 'djax:large'; bundled are djax:base"):
+    with pytest.raises(ValueError, match=r"source: got 'djax:large'; allowed djax:base"):
         djax.load("djax:large")
 
 

@@ -69,10 +69,10 @@ def test_a_run_gives_a_model_and_goes_on(objective: str, bundled: bool, tmp_path
 
 @pytest.mark.parametrize(("old", "new", "message"), [
     ('tasks = ["addition"]', 'path = "nowhere.jsonl"', "nowhere.jsonl: got an error from the system"),
-    ('tasks = ["addition"]', 'tasks = ["cooking"]', "task: got 'cooking'"),
-    ("row_length = 128", "row_length = 16", "row_length: got 16; example 0"),
+    ('tasks = ["addition"]', 'tasks = ["cooking"]', "run.toml: data.tasks: got 'cooking'"),
+    ("row_length = 128", "row_length = 16", "run.toml: data.row_length: got 16; allowed what example 0"),
     ('output = "out"', 'output = "run.toml/out"', "run.toml"),
-    ("[data]", "[mesh]\ndata = 64\n[data]", "mesh: got .* 64 devices"),
+    ("[data]", "[mesh]\ndata = 64\n[data]", "run.toml: mesh: got .* 64 devices"),
     ("[data]", '[model]\nsource = "absent"\n[data]', "absent"),
     ("steps = 2", "stepz = 2", "training.stepz: got a field that does not exist"),
 ])

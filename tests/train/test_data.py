@@ -123,7 +123,7 @@ def test_what_is_learned_may_have_gaps_and_no_end() -> None:
 def test_an_example_that_does_not_fit_is_named() -> None:
     make = batcher(FixedSource([([1] * 20, [2] * 20)], seed=0), batch_size=2, row_length=40, eos_id=EOS,
                    longest_tail=3, seed=0)
-    with pytest.raises(ValueError, match=r"row_length: got 40; example 0 has 20 \+ 20 tokens"):
+    with pytest.raises(ValueError, match=r"row_length: got 40; allowed what example 0 needs, 20 \+ 20 tokens"):
         make(0)
     with pytest.raises(ValueError, match="batch_size: got 0"):
         batcher(FixedSource(PAIRS, seed=0), batch_size=0, row_length=4, eos_id=EOS, longest_tail=3, seed=0)
@@ -160,9 +160,10 @@ def test_lines_end_at_newlines_only(separator: str, tokenizer: Tokenizer, tmp_pa
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "got no examples"),
-    ("nonsense", "line 1: "),
-    ("[1]", "line 1: got neither form"),
-    ('{"prompt": "a"}', "line 1: got neither form"),
+    ("nonsense", "line 1: got no JSON"),
+    ("[" * 100_000, "line 1: got no JSON"),
+    ("[1]", r"line 1: example: got \[1\]; allowed"),
+    ('{"prompt": "a"}', "line 1: example: got {'prompt': 'a'}; allowed"),
     ('{"prompt": "a", "answer": 3}', "line 1: answer: got 3; allowed a text"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "line 1: messages: got no answer at the end"),
     ('{"messages": [{"role": "bot", "content": "a"}]}', r"line 1: messages\[0\].role: got 'bot'"),

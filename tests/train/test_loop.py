@@ -113,7 +113,7 @@ def test_accumulation_is_the_mean_of_interleaved_microbatches() -> None:
     for got, wanted in zip(jax.tree.leaves(new.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-6)
     assert float(report.losses.total) == pytest.approx(float(parts[0][1].total + parts[1][1].total) / 2, rel=1e-5)
-    with pytest.raises(ValueError, match="accumulate: got 3; it must divide the batch's 4 rows"):
+    with pytest.raises(ValueError, match="accumulate: got 3; allowed a divisor of the batch's 4 rows"):
         make_step(graphdef, optimizer, mask_id=63, accumulate=3)(new, batch, key)
 
 
@@ -140,7 +140,7 @@ def test_another_configuration_is_refused(whole: tuple[Path, str]) -> None:
     checkpoints.close()
     assert restored is not None
     assert int(restored[0].step) == STEPS
-    with pytest.raises(ValueError, match=r"model: got None; the run in this directory was started with \{"):
+    with pytest.raises(ValueError, match=r"model: got None; allowed \{.*, with which the run in this directory"):
         fit(run_state(), step, lambda _: None, jax.random.key(0), schedule=Schedule(steps=9),  # type: ignore[arg-type]
             directory=whole[0])
 

@@ -300,17 +300,17 @@ def test_too_few_held_out_prompts_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tasks, "TASKS", {"few": few, "never": never})
     assert {example.prompt for example in held_out_set("few", len(HELD_OUT))} == {
         f"Add 1234 and {number}." for number in HELD_OUT}
-    with pytest.raises(ValueError, match=f"count: got 20; task 'few' gave {len(HELD_OUT)} distinct .* ask for fewer"):
+    with pytest.raises(ValueError, match=f"count: got 20; allowed {len(HELD_OUT)}, as many .*'few' .* ask for fewer"):
         held_out_set("few", 20)
-    with pytest.raises(ValueError, match="split: got 'held_out'; task 'never' drew none of it"):
+    with pytest.raises(ValueError, match="split: got 'held_out', of which task 'never' drew none"):
         held_out_set("never", 1)
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"task": "sorting"}, "task: got 'sorting'; allowed addition, sort, unique_sum, expression, record; choose one"),
     ({"split": "test"}, "split: got 'test'; allowed train, held_out; choose one"),
-    ({"seed": -1}, "seed: got -1; allowed 0 or more; pass"),
-    ({"start": -5}, "start: got -5; allowed 0 or more; pass"),
+    ({"seed": -1}, "seed: got -1; allowed an integer from 0"),
+    ({"start": -5}, "start: got -5; allowed an integer from 0"),
 ])
 def test_wrong_arguments_are_refused_at_the_call(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from djax.errors import ArgumentError, check_integer, shown
 from djax.train.tasks.addition import ADDITION
 from djax.train.tasks.base import MARKER, SPLITS, Example, Split, Task, split_of
 from djax.train.tasks.expressions import EXPRESSION
@@ -44,9 +45,9 @@ def examples(task: str | None, *, split: Split, seed: int, start: int = 0) -> It
     """
     names = _names(task)
     if split not in SPLITS:
-        raise ValueError(f"split: got {split!r}; allowed {', '.join(SPLITS)}; choose one")
-    _check_not_negative("seed", seed)
-    _check_not_negative("start", start)
+        raise ArgumentError("split", shown(split), allowed=", ".join(SPLITS), advice="choose one")
+    check_integer("seed", seed, 0, 2**63 - 1)
+    check_integer("start", start, 0, 2**63 - 1)
     return (_example(TASKS[names[index % len(names)]], split=split, seed=seed, index=index)
             for index in itertools.count(start))
 
@@ -62,15 +63,15 @@ def held_out_set(task: str | None, count: int, *, seed: int = 0) -> list[Example
     Raises:
         ValueError: an unknown task, a negative number, or a task with too few held-out prompts.
     """
-    _check_not_negative("count", count)
+    check_integer("count", count, 0, 2**63 - 1)
     found: dict[str, Example] = {}
     for example in itertools.islice(examples(task, split="held_out", seed=seed), 10 * count + 100):
         if len(found) == count:
             break
         found.setdefault(example.prompt, example)
     if len(found) < count:
-        raise ValueError(f"count: got {count}; task {task!r} gave {len(found)} distinct held-out prompts in "
-                         f"{10 * count + 100} examples; ask for fewer")
+        raise ArgumentError("count", count, allowed=f"{len(found)}, as many distinct held-out prompts as task {task!r} "
+                            f"gave in {10 * count + 100} examples", advice="ask for fewer")
     return list(found.values())
 
 
@@ -80,16 +81,11 @@ def _example(task: Task, *, split: Split, seed: int, index: int) -> Example:
         prompt = task.draw(np.random.default_rng([seed, key, index, attempt]))
         if split_of(prompt) == split:
             return task.example(prompt)
-    raise ValueError(f"split: got {split!r}; task {task.name!r} drew none of it in {_MAX_DRAWS} prompts; "
-                     "choose a task with more prompts")
+    raise ArgumentError("split", f"{split!r}, of which task {task.name!r} drew none in {_MAX_DRAWS} prompts",
+                        allowed="one that the task draws", advice="choose a task with more prompts")
 
 
 def _names(task: str | None) -> tuple[str, ...]:
     if task is not None and task not in TASKS:
-        raise ValueError(f"task: got {task!r}; allowed {', '.join(TASKS)}; choose one, or None for all in turn")
+        raise ArgumentError("task", shown(task), allowed=", ".join(TASKS), advice="choose one, or None for all in turn")
     return tuple(TASKS) if task is None else (task,)
-
-
-def _check_not_negative(name: str, value: int) -> None:
-    if value < 0:
-        raise ValueError(f"{name}: got {value}; allowed 0 or more; pass a larger one")
