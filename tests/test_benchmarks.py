@@ -187,6 +187,7 @@ def test_record_of_pairs() -> None:
     assert got["djax"]["tokens_per_forward"] == pytest.approx((4 + 4) / (2 + 3))
 
 
+@pytest.mark.slow
 def test_twin_is_bidirectional_and_its_cache_exact_where_nothing_changed(twin: Any) -> None:
     torch = pytest.importorskip("torch")
     from benchmarks.torch_twin import TwinRecipe, WindowCache

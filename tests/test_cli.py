@@ -109,6 +109,7 @@ def test_plain_output_is_the_text() -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_sources_of_prompts_agree(tmp_path: Path) -> None:
     """Argument, standard input, messages and token ids of the same chat are the same prompt."""
     tokenizer = model().tokenizer
@@ -531,6 +532,7 @@ def test_a_wrong_flag_as_a_process() -> None:
         "djax: --threshold: got 7.0; allowed a finite number of at least 0 and at most 1; give one in that range"]
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)

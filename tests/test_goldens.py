@@ -20,9 +20,9 @@ def _program(case):
 
 PROGRAMS = sorted({_program(case) for case in CASES})
 QUICK = [
-    "blockwise-none-32-0-True", "blockwise-prefix-8-0-False", "itersmooth-dual-8-0-False",
-    "itersmooth_vicinity-dual-8-4-False", "vicinity-dual-32-4-False"]
-"""Every algorithm, decoder and cache, both block lengths, with and without aligned blocks; the rest is slow."""
+    "blockwise-none-32-0-True", "blockwise-prefix-8-0-False", "itersmooth_vicinity-dual-8-4-False",
+    "vicinity-dual-32-4-False"]
+"""Every decoder and cache, smoothing and vicinity, both block lengths, with and without aligned blocks."""
 
 
 @pytest.mark.parametrize("program", [
@@ -53,7 +53,8 @@ def test_all_cases_are_covered():
     assert set(QUICK) < set(PROGRAMS)
     quick = [case for case in CASES if _program(case) in QUICK]
     for name in ("algo", "decoder", "cache", "block_length", "threshold", "warmup_steps", "before", "align"):
-        assert {case[name] for case in quick} == {case[name] for case in CASES}, name
+        # smoothing without vicinity is slow: both are in one of the programs
+        assert {case[name] for case in quick} == {case[name] for case in CASES} - {"itersmooth"}, name
     assert sum(_program(case) == program for program in PROGRAMS for case in CASES) == 359
 
 

@@ -322,6 +322,7 @@ def test_the_windowed_forward_is_the_models_and_eight_bits_come_near() -> None:
     np.testing.assert_allclose(read["djax.int8"][1], expected, atol=0.3)
 
 
+@pytest.mark.slow
 def test_experts_read_are_counted_layer_by_layer() -> None:
     counts = Network(TINY).experts_read(TINY.windows)
     assert set(counts) == set(TINY.windows)

@@ -159,7 +159,7 @@ def test_toy_is_its_numpy_twin_and_spread() -> None:
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name in ("prefix", "warmup") else pytest.mark.slow)
+    pytest.param(name, marks=() if name == "prefix" else pytest.mark.slow)
     for name in POLICIES if name != "none"])
 def test_cache_refreshed_at_every_step_is_no_cache(name: str) -> None:
     parts = {"strategy": strategies.Threshold(0.7), "transform": FORBID, "propose": proposals.Sample(0.5)}
@@ -220,7 +220,7 @@ def test_ragged_batch_is_the_oracle_row_by_row(setting: str) -> None:
 
 
 @pytest.mark.parametrize(("size", "setting"), [
-    pytest.param(size, setting, marks=() if (size, setting) in ((5, "greedy"), (2, "everything")) else pytest.mark.slow)
+    pytest.param(size, setting, marks=() if (size, setting) == (2, "everything") else pytest.mark.slow)
     for size in (1, 2, 5) for setting in SETTINGS])
 def test_row_of_a_ragged_batch_is_the_row_alone(setting: str, size: int) -> None:
     """Batches of 1 to 16: other rows, other padding, the same row."""
@@ -306,10 +306,10 @@ def test_committed_mask_token_is_a_token() -> None:
 
 
 def test_forbidden_tokens_never_come_out() -> None:
-    """60 hot batches; the same runs without the filter do give such tokens."""
+    """30 hot batches; the same runs without the filter do give such tokens."""
     banned = [3, 7, toy.MASK]
     seen: dict[str, set[int]] = {"forbidden": set(), "free": set()}
-    for seed in range(60):
+    for seed in range(30):
         canvas = canvas_of([[seed % 20], [3, 7, 23], [1, 2], [5, 21, 22, 23]])
         filters = {"forbidden": transforms.ForbidTokens(jnp.array(banned), jnp.int32(20)),
                    "free": transforms.ForbidTokens(jnp.array([-1, -1, -1]), jnp.int32(24))}
@@ -448,7 +448,8 @@ def test_pinned_eos_stops_nothing() -> None:
     assert result.lengths.tolist() == [5]
 
 
-@pytest.mark.parametrize("setting", SLOW_GREEDY)
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_eos_against_the_oracle(setting: str) -> None:
     parts, words = SETTINGS[setting]
     words = words | {"eos_ids": [toy.EOS, 11]}
@@ -512,6 +513,7 @@ def test_works_inside_the_users_jit_and_scan() -> None:
         np.testing.assert_array_equal(tokens[row], apart[winner].tokens[row])
 
 
+@pytest.mark.slow
 def test_eager_is_jitted_and_repeatable() -> None:
     canvas, key = canvas_of(prompts_of([3, 5], 2)), jax.random.key(2)
     parts, _ = SETTINGS["everything"]
@@ -541,8 +543,8 @@ def test_pieces_are_the_whole() -> None:
     assert piece._cache_size() == 1
 
 
-@pytest.mark.parametrize("chunk", [
-    pytest.param(4, marks=pytest.mark.slow), 7, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [4, 7, 10])
 def test_head_in_chunks_is_the_head(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Smoothing reads long windows' logits in chunks; the last chunk overlaps the one before."""
     parts, words = SETTINGS["everything"]

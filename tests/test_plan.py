@@ -39,7 +39,7 @@ def shallow(config: ModelConfig, layers: int) -> ModelConfig:
 
 
 @pytest.mark.parametrize(("name", "billions"), [
-    ("llada-moe", 7.357), ("llada2-mini", 16.256), ("llada2-flash", 102.890)])
+    ("llada-moe", 7.357), ("llada2-mini", 16.256), pytest.param("llada2-flash", 102.890, marks=pytest.mark.slow)])
 def test_published_sizes(name: str, billions: float) -> None:
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(PUBLISHED[name])))
     assert count / 1e9 == pytest.approx(billions, abs=5e-4)

@@ -86,7 +86,7 @@ def test_ties_go_to_the_lowest_id() -> None:
              "is_masked": jnp.ones((1, LENGTH), bool)}
     for part in (transforms.Identity(), transforms.Credit(alpha=0.0)):
         for function in (by_logits, by_reading):
-            got, _ = function(part, proposals.Greedy(), logits, part.init(1, LENGTH), **given)
+            got, _ = jax.jit(function)(part, proposals.Greedy(), logits, part.init(1, LENGTH), **given)
             assert (np.asarray(got.token) == 3).all()
 
 

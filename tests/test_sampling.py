@@ -162,6 +162,7 @@ def test_frequencies_through_the_loop() -> None:
         assert p > REJECT, f"order, temperature {temperature}: p = {p:.2e}"
 
 
+@pytest.mark.slow
 def test_tokens_and_order_are_independent() -> None:
     """The proposal's and the strategy's randomness come from different keys."""
     table = np.zeros((LENGTH, VOCAB))

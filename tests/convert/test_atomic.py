@@ -254,7 +254,7 @@ except convert.OutOfSpaceError as error:
 """
 
 
-@pytest.mark.parametrize("replacing", [False, True])
+@pytest.mark.parametrize("replacing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_write_that_fails_half_way(replacing: bool, sources: tuple[Path, Path], tmp_path: Path) -> None:
     import convert
 

@@ -220,6 +220,7 @@ print("sharded ok", jax.device_count())
 """
 
 
+@pytest.mark.slow
 def test_shards_of_the_vocabulary_are_joined() -> None:
     """In a process of its own: the number of devices is fixed before JAX starts."""
     script = f"import jax; jax.config.update('jax_num_cpu_devices', 4)\n{_SHARDED}"

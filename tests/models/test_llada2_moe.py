@@ -123,6 +123,7 @@ def test_rows_on_one_grid_are_what_they_are_elsewhere_with_a_cache(
         assert not len(expected) or relative(got[row, padding[row]:], expected) < 2e-6
 
 
+@pytest.mark.slow
 def test_a_mask_for_each_query_says_all(params: Any, tokens: np.ndarray) -> None:
     """Training gives its own: one that sees everything makes the model bidirectional, the blocks' gives it back."""
     model = nnx.merge(GRAPHDEF, params)
@@ -213,6 +214,7 @@ def test_a_canvas_of_another_length_is_refused(params: Any, tokens: np.ndarray) 
         forward(params, tokens, cache=empty(params), length=20)
 
 
+@pytest.mark.slow
 def test_dtypes(params: Any, tokens: np.ndarray) -> None:
     """The router's bias is float32 whatever the weights are, and so are logits."""
     config = dataclasses.replace(golden.CONFIG, dtype="bfloat16")

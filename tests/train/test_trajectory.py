@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,18 @@ def test_the_loss_is_the_cross_entropy_between_the_states() -> None:
     graphdef, params = init_params(config, jax.random.key(1))
     params = jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 1 else leaf, params)
     batch, key = batch_of(), jax.random.key(5)
-    total, losses = compression_loss(
-        graphdef, params, batch, key, mask_id=MASK, weights=LossWeights(balance=0.5, router_z=0.25))
+    loss = partial(compression_loss, mask_id=MASK, weights=LossWeights(balance=0.5, router_z=0.25))
+    total, losses = jax.jit(loss, static_argnums=0)(graphdef, params, batch, key)
     masked, asked = draw_states(key, batch.commit_step, batch.is_answer)
-    hidden, _ = nnx.merge(graphdef, params).hidden_and_router(
-        jnp.where(masked, MASK, batch.tokens), positions=batch.positions, key_mask=batch.valid, remat=False)
-    logits = np.asarray(nnx.merge(graphdef, params).unembed(hidden), np.float64)
+
+    @jax.jit
+    def forward(tokens: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        hidden, _ = model.hidden_and_router(
+            tokens, positions=batch.positions, key_mask=batch.valid, remat=False)
+        return model.unembed(hidden)
+
+    logits = np.asarray(forward(jnp.where(masked, MASK, batch.tokens)), np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     rows = []
     for row in range(3):
