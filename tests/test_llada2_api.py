@@ -29,8 +29,8 @@ def test_a_row_of_a_ragged_batch_is_the_row_alone(lm: djax.DiffusionLM) -> None:
         assert batch.nfe[index] == alone.nfe[0]
 
 
-@pytest.mark.parametrize("recipe", [
-    None, pytest.param(recipes.llada2().replace(cache_policy=Dual()), marks=pytest.mark.slow)], ids=["own", "dual"])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [None, recipes.llada2().replace(cache_policy=Dual())], ids=["own", "dual"])
 def test_infilling(lm: djax.DiffusionLM, recipe: recipes.Recipe | None) -> None:
     rows = [list(range(1, 50)), list(range(60, 77))]
     masks = [[index in (3, 40, 41) for index in range(49)], [index % 5 == 0 for index in range(17)]]

@@ -26,7 +26,7 @@ def lm() -> djax.DiffusionLM:
 def whole(lm: djax.DiffusionLM, prompt: list[int], new: int) -> list[int]:
     """Up to the end of the last block, then cut: what the published `generate()` does."""
     to_the_end = -(-(len(prompt) + new) // BLOCK) * BLOCK - len(prompt)
-    got = lm.generate([prompt], max_new_tokens=to_the_end, eos_id=EOS, **CALL)
+    got = lm.generate([prompt] * 2, max_new_tokens=to_the_end, eos_id=EOS, **CALL)  # as many as the next test has
     row = got.canvas[0][got.is_open[0]][:new].tolist()
     return row[:row.index(EOS) + 1] if EOS in row else row
 
@@ -75,6 +75,7 @@ def test_streams_and_rollouts_are_cut_alike(lm: djax.DiffusionLM) -> None:
     np.testing.assert_allclose(scored[here], np.asarray(rollout.log_prob)[here], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_eos_behind_the_asked_length_ends_nothing(lm: djax.DiffusionLM) -> None:
     """The token that is decoded right behind the length is made the EOS."""
     found = lm.generate(PROMPTS, max_new_tokens=13, eos_id=EOS, **CALL)
