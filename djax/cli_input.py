@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from djax.errors import ArgumentError, shown
+from djax.errors import ArgumentError, one_line, shown
 from djax.text import Tokenizer, check_messages
 
 _PLACEHOLDER = re.compile(r"\[MASK(?::([^\]]*))?\]")
@@ -73,8 +73,9 @@ def read_json(source: str, field: str) -> Any:
         try:
             text = _decoded(Path(source).read_bytes(), field, source)
         except OSError as error:
-            raise ArgumentError(field, f"{shown(source)} ({error.strerror or error})", allowed="a readable JSON file",
-                                advice="check the path") from error
+            raise ArgumentError(
+                field, f"{one_line(repr(source))} ({error.strerror or error})", allowed="a readable JSON file",
+                advice="check the path") from error
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -97,6 +97,7 @@ def test_sweeps_compile_nothing(golden_lm, batch):
     assert golden_lm.compile_count == before + 2  # what begins, and the loop
 
 
+@pytest.mark.slow
 def test_warmup_compiles_ahead(golden_lm):
     lm = djax.DiffusionLM(dataclasses.replace(golden_lm.config, mask_id=MASK), golden_lm.params)
     assert lm.warmup([(2, 5, 8)], recipe=DUAL, block_length=8) == 2
@@ -197,6 +198,7 @@ def test_text_is_trimmed_at_the_first_eos(bundled):
         assert out.nfe[0] < free.nfe[0] or not stop
 
 
+@pytest.mark.slow
 def test_infill_keeps_pinned_tokens(golden_lm):
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 150, length).tolist() for length in (18, 11, 5)]

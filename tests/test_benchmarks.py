@@ -210,6 +210,7 @@ def test_twin_is_bidirectional_and_its_cache_exact_where_nothing_changed(twin: A
     torch.testing.assert_close(stale, full)
 
 
+@pytest.mark.slow
 def test_decision_of_the_twin() -> None:
     torch = pytest.importorskip("torch", reason="the twin needs torch (pip install djax[oracle], Python 3.11)")
     from benchmarks.torch_twin import decide

@@ -101,6 +101,7 @@ def test_json_equals_the_api() -> None:
         assert all(value <= 0 for value in line["log_prob"])
 
 
+@pytest.mark.slow
 def test_plain_output_is_the_text() -> None:
     result = invoke("generate", "hi", *SMALL)
     assert result.exit_code == 0, result.output
@@ -172,6 +173,7 @@ def test_flags_reach_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == {"source": "owner/name", "dtype": "float32", "mesh": None, "mask_id": 3, "eos_id": 4}
 
 
+@pytest.mark.slow
 def test_infill_text(tmp_path: Path) -> None:
     tokenizer = model().tokenizer
     assert tokenizer is not None

@@ -165,6 +165,7 @@ def test_weights_that_are_gone_are_named(golden_lm):
     assert check_alive(lm.params) is lm.params
 
 
+@pytest.mark.slow
 def test_the_view_counts_what_the_api_counts(golden_lm):
     """A row whose EOS fills the rest of its canvas: the fill is not generated."""
     free = golden_lm.generate(PROMPTS, stop_on_eos=False, **CALL)

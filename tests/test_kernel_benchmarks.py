@@ -215,6 +215,7 @@ sys.exit(run_cases(cases, Journal(found.output / "results.jsonl"), seconds=found
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_or_hangs_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "supervised.py").write_text(textwrap.dedent(SUPERVISED))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))

@@ -138,6 +138,7 @@ def test_slices_that_there_are_not_are_refused(name: str) -> None:
 # ---- what does not fit
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_does() -> None:
     with pytest.raises(DoesNotFit) as refused:
         plan(PUBLISHED["llada2-flash"], topology="v5e:2x4", mesh="tp", compiled=False)

@@ -188,6 +188,7 @@ def same_prompts(count: int) -> Canvas:
                                pad_id=toy.PAD, bucket=False)
 
 
+@pytest.mark.slow
 def test_eight_rows_of_one_prompt_differ() -> None:
     rows = jnp.arange(8)
     hot = np.asarray(generate(same_prompts(8), jax.random.key(0), jnp.float32(1.0), rows).tokens)

@@ -72,6 +72,7 @@ def test_a_broken_source_is_one_line(source: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.slow
 def test_a_terminated_run_cleans_up(source: Path, tmp_path: Path) -> None:
     # The parameters are written and the manifest is not: that is where the run is held.
     code = """

@@ -61,6 +61,7 @@ def test_guidance_is_the_formula_of_two_forwards(params: Any) -> None:
     assert logits_of._cache_size() == 2, "a scale is a leaf: sweeping it compiles nothing"
 
 
+@pytest.mark.slow
 def test_guidance_keeps_two_caches_and_cuts_its_window(params: Any) -> None:
     tokens, start = canvas(), jnp.int32(3)
     denoiser = guided(1.0)
@@ -71,6 +72,7 @@ def test_guidance_keeps_two_caches_and_cuts_its_window(params: Any) -> None:
     np.testing.assert_allclose(got, full[:, 3:9], atol=3e-4)
 
 
+@pytest.mark.slow
 def test_hidden_states_can_be_sliced_along_the_window(params: Any) -> None:
     tokens, denoiser = canvas(), guided(1.0)
 

@@ -160,6 +160,7 @@ def test_the_golden_checkpoint(tokens: np.ndarray) -> None:
     assert largest(logits_of(model_of(oracle, golden.CONFIG), tokens), ask(oracle, tokens, 8)) < 5e-6
 
 
+@pytest.mark.slow
 def test_random_weights_with_sizes_that_no_two_axes_share(tokens: np.ndarray) -> None:
     """Two dense layers, two shared experts, 6 groups of 3, a bias that decides, logits below 1."""
     oracle = make_oracle(SMALL)

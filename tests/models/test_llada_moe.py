@@ -154,6 +154,7 @@ def test_attention_looks_both_ways(params: Any, tokens: np.ndarray) -> None:
     assert relative(forward(params, changed)[0][:, 0], forward(params, tokens)[0][:, 0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_row_without_any_key_is_finite_and_alone(params: Any, tokens: np.ndarray) -> None:
     plain, _ = forward(params, tokens)
     got, _ = forward(params, tokens, padding=np.array([0, LENGTH]))

@@ -149,6 +149,7 @@ def test_golden_checkpoint_layer_by_layer_and_whole(index: int) -> None:
     assert largest(logits_of(model, tokens), logits) < 5e-6
 
 
+@pytest.mark.slow
 def test_random_checkpoint_with_grouped_heads() -> None:
     """Logits below 1, so that 5e-6 is absolute; sizes that no two axes share."""
     oracle = make_oracle(SMALL)

@@ -15,6 +15,8 @@ from djax import rl
 from djax.rl.policy import PAD_ID, diffusion_logits, diffusion_policy, diffusion_token_batch
 from tests.rl.tiny import MASK, PAD
 
+pytestmark = pytest.mark.slow  # for users of Tunix, whose own tests have an environment of their own
+
 COMPLETION = 8
 PROMPTS = [[9, 17, MASK, 6, PAD], [12, 10], [7, 7, 7, 7]]
 """A literal mask id and the id that the model pads with are tokens of a prompt like others."""

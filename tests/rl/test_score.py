@@ -138,7 +138,8 @@ def test_states_without_weight_are_not_run() -> None:
     assert np.isnan(both(params, broken)[0])
 
 
-@pytest.mark.parametrize("remat", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [True, False])
 def test_a_row_that_turns_nan_teaches_nobody_nan(remat: bool) -> None:
     """Row 1 is NaN once its second token is shown, in states where only others have weight: it ended before them."""
     prompts, answers, steps, poison = [[7], [3, 1], [4]], [[6, 2, 8], [5, 13, 9], [10, 2, 4]], (3, 2, 3), 13

@@ -205,6 +205,7 @@ def test_the_build_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "trajectories.npz").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_build_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = subprocess.run([sys.executable, "-m", "djax.train.bundled", str(tmp_path / "file")], cwd=ROOT,

@@ -66,6 +66,7 @@ def test_a_run_cut_anywhere_and_resumed_gives_the_same_weights(whole: tuple[Path
     assert metrics(tmp_path) == metrics(whole[0])
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_nothing(whole: tuple[Path, str]) -> None:
     def refuse(done: int, _: Any) -> None:
         raise AssertionError(f"update {done} ran again")
@@ -131,6 +132,7 @@ def test_half_precision_keeps_master_weights() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(new.params)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused(whole: tuple[Path, str]) -> None:
     def step(state: TrainState, batch: Batch, key: Any) -> Any:
         raise AssertionError("trained")
@@ -152,6 +154,7 @@ def run_state() -> TrainState:
     return jax.tree.map(jnp.zeros_like, init_state(params, optimizer))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_one_line(whole: tuple[Path, str], tmp_path: Path) -> None:
     shutil.copytree(whole[0], tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / str(STEPS)

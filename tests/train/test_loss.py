@@ -61,6 +61,7 @@ def exact_bound(batch: Batch) -> float:
     return float(sum(-got[i][masked[i]].sum() / (k * comb(6, k)) for i, k in enumerate(sizes)))
 
 
+@pytest.mark.slow
 def test_loss_is_an_unbiased_estimate_of_the_bound() -> None:
     """4096 rows in 8 batches; rows of a batch are correlated, so the batches' spread gives the standard error."""
     single = batch_of(1)

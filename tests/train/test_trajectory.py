@@ -38,6 +38,7 @@ IS_ANSWER = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1, 1], 
 MASK = CONFIG["mask_id"]
 
 
+@pytest.mark.slow
 def test_every_pair_of_states_is_drawn_as_often_as_it_should() -> None:
     draws = 6000
     masked, asked = jax.vmap(draw_states, in_axes=(0, None, None))(
