@@ -142,6 +142,7 @@ def test_both_libraries_multiply_the_same() -> None:
         np.testing.assert_allclose(np.asarray(library(product)()), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sides_of_the_expert_products(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sides.json"
     arguments = ["--tiny", "--pairs", "2", "--batches", "2", "--window", "3", "--dtypes", "float32", "--out", str(out)]

@@ -194,6 +194,7 @@ def test_a_process_that_gives_up_ends_the_other(tmp_path):
     assert "this one has had enough" in errors[1]
 
 
+@pytest.mark.slow
 def test_a_start_without_the_others_ends():
     code = ("import sys; from djax import distributed; "
             "distributed.initialize(sys.argv[1], num_processes=2, process_id=0, initialization_timeout=2)")

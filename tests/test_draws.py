@@ -131,6 +131,7 @@ def test_log_probs_of_cold_rollouts_are_those_of_the_scorer(golden_lm: djax.Diff
         np.testing.assert_allclose(scored[np.asarray(rollout.is_completion)], found, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_credit_reads_what_it_computes_at_low_temperatures() -> None:
     """The readings path and the logits path, for logits that credit raises."""
     recipe = recipes.dinfer_credit(smoothing=None)

@@ -332,6 +332,7 @@ def test_experts_read_are_counted_layer_by_layer() -> None:
         assert all(TINY.config.experts_per_token <= count <= TINY.config.num_experts for count in read)
 
 
+@pytest.mark.slow
 def test_ragged_dot_computes_the_op() -> None:
     op = moe_op(Drawn(TINY), 8, 0)
     operands = op.draw()[0]
@@ -358,6 +359,7 @@ def test_a_wrong_kernel_fails_its_check() -> None:
     assert checks.judge(1e-3, 1e-2)["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_the_tests_tables_are_checks() -> None:
     """Every case of every table, and one of each is right on this machine."""
     cases = list(checks.tables())

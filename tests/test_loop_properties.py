@@ -220,7 +220,7 @@ def test_ragged_batch_is_the_oracle_row_by_row(setting: str) -> None:
 
 
 @pytest.mark.parametrize(("size", "setting"), [
-    pytest.param(size, setting, marks=() if (size, setting) == (2, "everything") else pytest.mark.slow)
+    pytest.param(size, setting, marks=() if (size, setting) == (2, "greedy") else pytest.mark.slow)
     for size in (1, 2, 5) for setting in SETTINGS])
 def test_row_of_a_ragged_batch_is_the_row_alone(setting: str, size: int) -> None:
     """Batches of 1 to 16: other rows, other padding, the same row."""
@@ -266,7 +266,7 @@ def infilling(seed: int) -> Canvas:
     return Canvas.from_tokens(rows, masks, block_length=6, mask_id=toy.MASK, pad_id=toy.PAD, bucket=False)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", SLOW_GREEDY)
 def test_infilling(setting: str) -> None:
     parts, words = SETTINGS[setting]
     seed, canvas, rows = reliable_seed(infilling, words)
@@ -305,6 +305,7 @@ def test_committed_mask_token_is_a_token() -> None:
 # --- tokens that must not come out ---
 
 
+@pytest.mark.slow
 def test_forbidden_tokens_never_come_out() -> None:
     """30 hot batches; the same runs without the filter do give such tokens."""
     banned = [3, 7, toy.MASK]
@@ -523,6 +524,7 @@ def test_eager_is_jitted_and_repeatable() -> None:
             assert_same_row(row_of(jitted, row), row_of(result, row), f"row {row}")
 
 
+@pytest.mark.slow
 def test_pieces_are_the_whole() -> None:
     """begin, advance by any number of steps, finish: the same result, and the number of steps is a leaf."""
     canvas, key = canvas_of(prompts_of([3, 5], 4)), jax.random.key(4)

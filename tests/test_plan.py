@@ -173,6 +173,7 @@ def test_wrong_arguments_are_named() -> None:
 # ---- the command line
 
 
+@pytest.mark.slow
 def test_the_command_as_it_is_used() -> None:
     run = CliRunner()
     done = run.invoke(app, ["plan", "llada-moe", "--topology", "h200:8", "--mesh", "tensor=4,expert=2", "--no-compile",

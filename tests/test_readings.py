@@ -34,6 +34,8 @@ PROPOSALS: dict[str, Any] = {
     "refuse": proposals.RefuseToken(proposals.Sample(jnp.float32(1.3)), 2),
 }
 
+QUICK = {("forbid_credit", "sample"), ("nested", "sample"), ("forbid_credit", "greedy")}
+
 
 def by_logits(part: Any, propose: Any, logits: jax.Array, state: Any, **given: Any) -> tuple[Candidates, Any]:
     logits, state = part.step(logits, given["is_masked"], state)
@@ -51,7 +53,10 @@ def by_reading(part: Any, propose: Any, logits: jax.Array, state: Any, **given: 
 
 
 @pytest.mark.parametrize(("transform", "propose"), [
-    *((name, "sample") for name in TRANSFORMS), *(("forbid_credit", name) for name in PROPOSALS if name != "sample")])
+    pytest.param(transform, propose, marks=() if (transform, propose) in QUICK else pytest.mark.slow)
+    for transform, propose in [
+        *((name, "sample") for name in TRANSFORMS),
+        *(("forbid_credit", name) for name in PROPOSALS if name != "sample")]])
 def test_a_reading_gives_what_the_logits_give(transform: str, propose: str) -> None:
     """Over the steps of a block, with credit growing in either way."""
     part, proposal = TRANSFORMS[transform], PROPOSALS[propose]

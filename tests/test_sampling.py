@@ -91,6 +91,7 @@ def test_log_prob_is_that_of_the_distribution_drawn_from(name: str) -> None:
         np.testing.assert_allclose(out.confidence, at_one, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_temperature_zero_is_greedy() -> None:
     """Exactly at 0, and in the limit; the log-prob is the greedy one (temperature 1) at 0."""
     rng = np.random.default_rng(1)
@@ -108,6 +109,7 @@ def test_temperature_zero_is_greedy() -> None:
     assert not np.isnan(near.log_prob).any()
 
 
+@pytest.mark.slow
 def test_large_logits_do_not_overflow() -> None:
     logits = jnp.asarray([[[500.0, 499.0, -500.0, -jnp.inf]]])
     for temperature in (0.0, 0.01, 1.0, 100.0):
@@ -199,6 +201,7 @@ def test_eight_rows_of_one_prompt_differ() -> None:
     assert (other != hot).any(-1).all()
 
 
+@pytest.mark.slow
 def test_a_row_is_its_row_id() -> None:
     """Reversed ids give reversed rows; a part of the batch with its ids gives that part."""
     key, warm = jax.random.key(5), jnp.float32(1.0)

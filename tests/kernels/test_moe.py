@@ -113,7 +113,8 @@ def test_gradients_are_the_loops_slopes(case: Case, implementation: str | None) 
 
 @pytest.mark.parametrize("case", [
     Case(name="uneven", rows=60, slots=2, experts=8, width=5, model=6, routing="uneven"),
-    Case(name="bfloat16", rows=9, slots=3, experts=4, width=5, model=6, dtype="bfloat16"),
+    pytest.param(Case(name="bfloat16", rows=9, slots=3, experts=4, width=5, model=6, dtype="bfloat16"),
+                 marks=pytest.mark.slow),
 ], ids=lambda case: case.name)
 def test_the_other_side_gives_the_same(case: Case) -> None:
     """Product and loop with the weights on the side that is not in use, against the oracle and autodiff."""

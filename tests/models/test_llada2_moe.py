@@ -82,7 +82,8 @@ def changed_at(params: Any, tokens: np.ndarray, position: int, **where: Any) -> 
 # --- blocks ---
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])
+@pytest.mark.parametrize("cached", [pytest.param(False, id="no cache", marks=pytest.mark.slow),
+                                    pytest.param(True, id="cache")])
 @pytest.mark.parametrize("padding", [0, 8, 3])
 def test_a_position_sees_its_own_block_and_all_before(
     params: Any, tokens: np.ndarray, padding: int, cached: bool
@@ -228,7 +229,7 @@ def test_dtypes(params: Any, tokens: np.ndarray) -> None:
     assert dtypes == {"bfloat16", "float32"}
 
 
-@pytest.mark.parametrize("name", ["reference", "xla_dense"])
+@pytest.mark.parametrize("name", ["reference", pytest.param("xla_dense", marks=pytest.mark.slow)])
 def test_the_implementations_can_be_named(params: Any, tokens: np.ndarray, name: str) -> None:
     kernels = Kernels(moe=name, attention="reference", unembed="reference")
     denoiser = ModelDenoiser(nnx.split(build(golden.CONFIG, kernels=kernels))[0])

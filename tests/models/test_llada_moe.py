@@ -180,6 +180,7 @@ def test_a_nan_stays_in_its_row(params: Any, tokens: np.ndarray) -> None:
     np.testing.assert_array_equal(got[1], plain[1])
 
 
+@pytest.mark.slow
 def test_grouped_heads_share_keys_and_values(tokens: np.ndarray) -> None:
     """Two key/value heads equal four of which each pair is the same."""
     grouped = dataclasses.replace(golden.CONFIG, num_kv_heads=2)

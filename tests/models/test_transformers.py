@@ -175,6 +175,7 @@ def test_what_would_be_wrong_is_seen() -> None:
         assert largest(ours, ask(wrong, tokens)[1]) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(3))
 def test_bfloat16_is_as_near_as_bfloat16_gets(index: int) -> None:
     """Against the same rounded weights in float64; transformers' own bfloat16 is the yardstick.

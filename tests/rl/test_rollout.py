@@ -69,7 +69,7 @@ def toy_canvas() -> Canvas:
 
 
 @pytest.mark.parametrize("name", [
-    name if name in ("threshold", "random") else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES])
+    name if name == "random" else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES])
 def test_replay_equals_the_sampler(name: str) -> None:
     """Ragged prompts, rows that stop early and rows that do not, hot, warm and greedy."""
     for temperature in (0.0, 0.6, 1.5):

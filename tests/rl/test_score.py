@@ -59,6 +59,7 @@ def test_log_probs_are_those_of_the_logits(tiny_lm, given, states) -> None:
     np.testing.assert_allclose(sequence, expected.sum((1, 2)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_forbidden_token_is_impossible_and_hurts_nobody_else() -> None:
     wrong = rl.as_rollout([[1], [1]], [[2, 17, 3], [2, 20, 3]], mask_id=toy.MASK, pad_id=toy.PAD,
                           forbidden=Forbidden(ids=np.asarray([17], np.int32), limit=np.int32(20)))
@@ -215,6 +216,7 @@ def test_the_standard_error_is_the_spread(tiny_lm) -> None:
         assert 0.7 < said / seen < 1.4, f"{scheme}: errors of {said}, spread {seen}"
 
 
+@pytest.mark.slow
 def test_likelihoods_of_texts_and_edges(tiny_lm) -> None:
     ask = {"key": jax.random.key(0), "mask_id": MASK}
     chain, none = rl.log_likelihood(tiny_lm, PROMPTS, ANSWERS, scheme="autoregressive", **ask)

@@ -122,6 +122,7 @@ def test_draws_of_blocks() -> None:
     assert np.corrcoef(masked[:, :-4].ravel(), noise[:, :-4].ravel())[0, 1] > 0.5
 
 
+@pytest.mark.slow
 def test_places_are_those_of_the_answer() -> None:
     batch = placed(3)
     loss = jax.jit(lambda batch: block_diffusion_loss(GRAPHDEF, PARAMS, batch, jax.random.key(0), mask_id=MASK)[1])

@@ -74,6 +74,7 @@ def test_a_finished_run_does_nothing(whole: tuple[Path, str]) -> None:
     assert digest(run(whole[0], STEPS, report=refuse).params) == whole[1]
 
 
+@pytest.mark.slow
 def test_training_learns() -> None:
     losses: list[float] = []
     run(None, 60, report=lambda _, metrics: losses.append(metrics["diffusion"]))
