@@ -153,7 +153,7 @@ SLOW_MODEL = textwrap.dedent("""
 @pytest.mark.parametrize("json_rows", [False, True])
 def test_ctrl_c_in_a_pipe(json_rows):
     code = SLOW_MODEL + "from djax.cli import main\nmain()"
-    child = start("-c", code, "generate", "Sort 4 2 9.", *LONG, *["--json"] * json_rows, stdout=subprocess.PIPE)
+    child = start("-c", code, "generate", "Sort 4 2 9.", *LONG, *["--json-full"] * json_rows, stdout=subprocess.PIPE)
     for _ in range(3):
         assert child.stderr.readline() == b"stretch\n"
     interrupt(child)
