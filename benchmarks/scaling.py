@@ -49,7 +49,8 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 def on_fake_devices() -> list[dict[str, Any]]:
     """Every row of `FAKE`, in a process that sees eight devices."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-c", "from benchmarks.scaling import decode_fake; decode_fake()"], cwd=ROOT,
         env=environment, capture_output=True, text=True, check=False)

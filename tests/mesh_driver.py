@@ -74,12 +74,6 @@ def compare(cases: list[tuple[str, int, str]]) -> int:
     return len(cases)
 
 
-def presets() -> int:
-    """Every preset with a recipe, every recipe with a preset."""
-    names = list(RECIPES)
-    return compare([(preset, 8, names[number % len(names)]) for number, preset in enumerate(NAMES)])
-
-
 def few() -> int:
     """One preset with one recipe: what the default run has time for."""
     return compare([("sp_tp_ep", 8, "dinfer_credit")])
@@ -140,7 +134,7 @@ def goldens() -> int:
     return len(cases)
 
 
-JOBS = {"few": few, "presets": presets, "product": product, "calls": calls, "goldens": goldens}
+JOBS = {"few": few, "product": product, "calls": calls, "goldens": goldens}
 
 if __name__ == "__main__":
     print("ok", JOBS[sys.argv[1]](), "on", jax.device_count())
