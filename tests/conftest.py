@@ -13,6 +13,8 @@ import pytest
 # own emitter of fusions two thirds of what the MLIR one takes.
 FAST_COMPILE = ("--xla_backend_optimization_level=0 "
                 "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
+EIGHT_DEVICES = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
+"""XLA_FLAGS of a process with eight fake devices; their number is fixed when JAX starts."""
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), FAST_COMPILE]).strip()
 # A shell that starts a command in the background has it ignore SIGINT, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

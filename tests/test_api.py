@@ -18,7 +18,7 @@ import djax
 from djax import recipes
 from djax.canvas import bucket_size
 from djax.transforms import ForbidTokens
-from tests.conftest import FAST_COMPILE
+from tests.conftest import EIGHT_DEVICES
 
 PROMPTS = [[98, 107, 10, 66, 130], [124, 103, 77, 122, 91, 149, 55, 129, 35], [72]]
 MASK, EOS = 155, 152
@@ -371,8 +371,7 @@ def test_eight_devices_give_the_tokens_of_one():
     """)
     import os
 
-    flags = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+        env=os.environ | {"XLA_FLAGS": EIGHT_DEVICES, "JAX_PLATFORMS": "cpu"})
     assert done.stdout.strip() == "equal on 8", done.stderr[-2000:]

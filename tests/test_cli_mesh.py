@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from djax.cli import app
-from tests.conftest import FAST_COMPILE, GOLDENS
+from tests.conftest import EIGHT_DEVICES, GOLDENS
 from tests.test_cli import one_line
 from tests.test_distributed import free_port, start
 
@@ -79,7 +79,7 @@ def test_eight_devices_print_what_one_does(on_one_device, tmp_path):
         [sys.executable, "-c", textwrap.dedent(ON_EIGHT_DEVICES), json.dumps(calls)], cwd=ROOT, capture_output=True,
         text=True, check=False, env={
             **os.environ, "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"})
+            "XLA_FLAGS": EIGHT_DEVICES})
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
     for code, _, error in results[:3]:

@@ -15,16 +15,14 @@ from jax.sharding import AbstractMesh, AxisType
 import djax
 from djax.models import init_params, parallel_on
 from djax.sharding import DEFAULT_RULES, PRESETS, make_mesh, parse_mesh, preset_sizes, rules_for
-from tests.conftest import FAST_COMPILE
+from tests.conftest import EIGHT_DEVICES
 from tests.mesh_driver import CONFIG
-
-FLAGS = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 
 
 def run(job: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "tests.mesh_driver", job], cwd=Path(__file__).parents[1], capture_output=True, text=True,
-        check=False, env=os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"})
+        check=False, env=os.environ | {"XLA_FLAGS": EIGHT_DEVICES, "JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip()
 

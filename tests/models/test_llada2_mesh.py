@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import FAST_COMPILE
-
-FLAGS = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
+from tests.conftest import EIGHT_DEVICES
 
 
 @pytest.mark.slow
@@ -20,6 +18,7 @@ FLAGS = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 def test_a_mesh_gives_the_tokens_of_one_device(presets: tuple[str, ...]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.models.llada2_mesh_driver", *presets], cwd=Path(__file__).parents[2],
-        capture_output=True, text=True, check=False, env=os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"})
+        capture_output=True, text=True, check=False,
+        env=os.environ | {"XLA_FLAGS": EIGHT_DEVICES, "JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[0] == "ok"

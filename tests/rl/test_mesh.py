@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import FAST_COMPILE
+from tests.conftest import EIGHT_DEVICES
 
 
 @pytest.mark.slow
 def test_meshes_give_what_one_device_gives() -> None:
-    flags = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
     done = subprocess.run(
         [sys.executable, "-m", "tests.rl.mesh_driver"], cwd=Path(__file__).parents[2], capture_output=True, text=True,
-        check=False, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+        check=False, env=os.environ | {"XLA_FLAGS": EIGHT_DEVICES, "JAX_PLATFORMS": "cpu"})
     assert done.stdout.split() == ["Auto", "Explicit", "disjoint"], done.stderr[-3000:]
