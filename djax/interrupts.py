@@ -1,16 +1,19 @@
 """Ctrl-C during a generation: in the main thread, in another one, while XLA compiles, and at the interpreter's end.
 
 The loop comes back to the host between bounded stretches (`Pace`). In the main thread a wait for one is interrupted at
-once, elsewhere a generation ends at the next boundary (`check`). A process never ends while djax waits for a device
-in a thread: JAX crashes if its clients are torn down then.
+once, elsewhere a generation ends at the next boundary (`check`). A process never ends while a thread is inside djax:
+JAX crashes if its clients are torn down then.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -82,44 +85,35 @@ class Hold:
         self._pending = True
 
 
-class _Waiting:
-    """Threads in which djax waits for a device."""
+class _Ending:
+    """The interpreter's end, which waits for threads that are inside djax: JAX crashes where they still use it."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._count = 0
+        self.began = False
 
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        with self._changed:
-            self._count += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._count -= 1
-                self._changed.notify_all()
+    def wait(self) -> None:
+        """Ask the generations of all threads to end (`check`), and wait until no other thread is inside djax.
 
-    def drain(self) -> None:
-        """Wait until there are none: at exit these can only be daemon threads, which end at their next `check`."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._count, timeout=_LONGEST_EXIT_SECONDS)
+        Daemon threads are alive here, and on Python 3.11 also others: a `join` that an interrupt ends takes its thread
+        for ended.
+        """
+        self.began = True
+        until = time.monotonic() + _LONGEST_EXIT_SECONDS
+        while _threads_inside() and time.monotonic() < until:
+            time.sleep(0.01)
 
 
-_WAITING = _Waiting()
-atexit.register(_WAITING.drain)  # runs before JAX's own, which was registered earlier
+def _threads_inside() -> bool:
+    """Whether another thread runs a function of this package, or one that such a function called."""
+    package = os.path.dirname(__file__) + os.sep
+    mine = threading.get_ident()
+    return any(
+        frame.f_code.co_filename.startswith(package)
+        for ident, top in sys._current_frames().items() if ident != mine for frame, _ in traceback.walk_stack(top))
 
 
-@contextmanager
-def stretch() -> Iterator[None]:
-    """Around what a thread starts on a device and its wait for that.
-
-    Raises:
-        KeyboardInterrupt: as `check`, before anything is started.
-    """
-    with _WAITING.one():
-        check()
-        yield
+_ENDING = _Ending()
+atexit.register(_ENDING.wait)  # runs before JAX's own, which was registered earlier
 
 
 def wait(outputs: Any) -> None:
@@ -136,15 +130,15 @@ def check() -> None:
 
     Raises:
         KeyboardInterrupt: the main thread is dealing with one, or ended with it.
-        SystemExit: the main thread ended, and this one is a daemon.
+        SystemExit: the process ends.
     """
     main = threading.main_thread()
     if threading.current_thread() is main:
         return
-    if not main.is_alive() and threading.current_thread().daemon:
-        raise SystemExit
     if _interrupted(main):
         raise KeyboardInterrupt("the main thread was interrupted")
+    if _ENDING.began:
+        raise SystemExit
 
 
 def _interrupted(main: threading.Thread) -> bool:

@@ -13,7 +13,7 @@ from djax.ambient import without_mesh
 from djax.canvas import Canvas
 from djax.distributed import with_peers
 from djax.generation import Generation, Watch, to_generation
-from djax.interrupts import stretch, wait
+from djax.interrupts import check, wait
 from djax.program import Program
 from djax.state import Parts, Progress, stop_reasons
 from djax.text import Tokenizer
@@ -32,7 +32,8 @@ class Run:
             program, denoiser, check_alive(params), canvas, parts)
         self._pace = program.pace(canvas, parts)
         self._iterations = 0
-        with with_peers(program.mesh), without_mesh(), stretch():
+        check()
+        with with_peers(program.mesh), without_mesh():
             self._state, self._left = program.run(program.begin, denoiser, params, canvas, key, parts, rows)
 
     @property
@@ -68,10 +69,11 @@ class Run:
 
     def _stretch(self, steps: int, before_block: int, *, timed: bool) -> tuple[Progress, bool]:
         """One stretch, and whether it took all its steps."""
+        check()
         check_alive(self._params)
         limits = self._program.place((np.int32(steps), np.int32(before_block)))
         started = time.perf_counter()
-        with with_peers(self._program.mesh), without_mesh(), stretch():
+        with with_peers(self._program.mesh), without_mesh():
             self._state, shown, self._left = self._program.run(
                 self._program.advance, self._denoiser, self._params, self._canvas, self._state, self._parts, *limits)
             wait(shown)

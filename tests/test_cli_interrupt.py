@@ -138,7 +138,7 @@ def test_a_terminal_that_is_closed():
 
 
 SLOW_MODEL = textwrap.dedent("""
-    import sys, djax.running
+    import sys, time, djax.running
     advance = djax.running.Run.advance
     def told(self, **limits):
         got = advance(self, **limits)
@@ -170,10 +170,11 @@ def test_ctrl_c_in_a_pipe(json_rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["main", "thread", "daemon", "pool"])
-def test_ctrl_c_in_the_python_api(how):
-    """The process ends, killed by nothing but the interrupt, wherever the generation runs."""
-    code = SLOW_MODEL + textwrap.dedent(f"""
+@pytest.mark.parametrize(("how", "between"), [
+    ("main", 0), ("thread", 0), ("daemon", 0), ("pool", 0), ("thread", 0.05), ("daemon", 0.05)])
+def test_ctrl_c_in_the_python_api(how, between):
+    """The process ends, killed by nothing but the interrupt, wherever a generation runs: in a stretch, or after it."""
+    code = SLOW_MODEL.replace("return got", f"time.sleep({between}); return got") + textwrap.dedent(f"""
         import threading
         from concurrent.futures import ThreadPoolExecutor
         from djax import load, recipes

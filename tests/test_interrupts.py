@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -103,6 +104,36 @@ def test_an_interrupted_main_thread_ends_generations_of_others(step_by_step):
             with pytest.raises(KeyboardInterrupt, match="main thread"):
                 job.result(60)
         assert len(pool.submit(lambda: step_by_step.generate(PROMPTS, **CALL)).result(60).tokens) == 3
+
+
+def test_the_end_of_the_process_waits_for_threads(step_by_step, monkeypatch):
+    """Also for one that is between two stretches: it ends at its next, and nothing of JAX is torn down before."""
+    ending = interrupts._Ending()
+    monkeypatch.setattr(interrupts, "_ENDING", ending)
+    started = threading.Event()
+    seen: list[djax.Generation] = []
+
+    def hold(got: djax.Generation) -> None:
+        seen.append(got)
+        started.set()
+        while not ending.began:
+            time.sleep(0.001)
+
+    ended: list[str] = []
+
+    def work() -> None:
+        try:
+            step_by_step.generate(PROMPTS, watch=hold, **CALL)
+        except SystemExit:
+            ended.append("exit")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert started.wait(60)
+    ending.wait()
+    assert not interrupts._threads_inside()
+    thread.join(60)
+    assert (len(seen), ended) == (1, ["exit"])
 
 
 def test_the_pace_follows_the_clock():
