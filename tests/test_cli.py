@@ -131,6 +131,7 @@ def test_sources_of_prompts_agree(tmp_path: Path) -> None:
         assert run_json("generate", "--token-ids", written(tmp_path, ids), *SMALL) == expected
 
 
+@pytest.mark.slow
 def test_seed_decides_the_sample() -> None:
     hot = [*SMALL, "--temperature", "1.5"]
     first = run_json("generate", "hi", *hot, "--seed", "1")

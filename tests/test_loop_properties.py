@@ -158,9 +158,8 @@ def test_toy_is_its_numpy_twin_and_spread() -> None:
 # --- caches ---
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name == "prefix" else pytest.mark.slow)
-    for name in POLICIES if name != "none"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "none"])
 def test_cache_refreshed_at_every_step_is_no_cache(name: str) -> None:
     parts = {"strategy": strategies.Threshold(0.7), "transform": FORBID, "propose": proposals.Sample(0.5)}
     for seed in range(5):
@@ -467,6 +466,7 @@ def test_eos_against_the_oracle(setting: str) -> None:
 # --- one program ---
 
 
+@pytest.mark.slow
 def test_sweeps_compile_nothing() -> None:
     @jax.jit
     def sweep(denoiser: Any, params: Any, canvas: Canvas, key: jax.Array, parts: dict[str, Any]) -> Result:

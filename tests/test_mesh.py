@@ -106,14 +106,18 @@ def test_the_names_of_other_libraries(sizes: dict[str, int]) -> None:
     assert "fsdp" in parallel.experts
 
 
-@pytest.mark.parametrize("axis_type", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit])
-def test_a_mesh_that_no_rule_uses_is_refused(axis_type: AxisType) -> None:
+def test_a_mesh_that_no_rule_uses_is_refused() -> None:
     with pytest.raises(ValueError, match="mesh: got an axis 'rows' of 2 devices that no rule uses; allowed context"):
         djax.DiffusionLM(CONFIG, None, mesh=abstract(rows=2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rules: got a rule for 'head'; allowed embed, heads"):
         djax.DiffusionLM(CONFIG, None, mesh=abstract(tensor=2), rules={"head": "tensor"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^embed: got axis 'vocab' of size 64, which cannot be split evenly over 3"):
         djax.DiffusionLM(CONFIG, None, mesh=abstract(tensor=3))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_of_one_device(axis_type: AxisType) -> None:
     mesh = make_mesh({"tensor": 1}, axis_type=axis_type)
     _, params = init_params(CONFIG, jax.random.key(0))
     lm = djax.DiffusionLM(CONFIG, params, mesh=mesh)

@@ -89,11 +89,11 @@ def mask_for(case: Case, rng: np.random.Generator) -> np.ndarray:
 def operands(case: Case, seed: int) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
     """query, key, value; and the keywords of the call."""
     rng = np.random.default_rng(seed)
-    draw = lambda *shape, scale=case.scale: jnp.asarray(rng.normal(size=shape) * scale, case.dtype)  # noqa: E731
+    draw = lambda *shape, scale=case.scale: (rng.normal(size=shape) * scale).astype(jnp.dtype(case.dtype))  # noqa: E731
     query = draw(case.batch, case.window, case.heads, case.width)
     canvas = (case.batch, case.length, case.groups, case.width)
     arrays = query, draw(*canvas), draw(*canvas, scale=1.0)
-    keywords = {"key_mask": jnp.asarray(mask_for(case, rng)), "block_length": case.block_length}
+    keywords = {"key_mask": mask_for(case, rng), "block_length": case.block_length}
     if case.block_length is not None:
         keywords |= {"window_start": case.window_start, "block_origin": case.block_origin}
     return arrays, keywords

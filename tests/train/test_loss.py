@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from djax.config import LladaMoeConfig
-from djax.models.build import init_params
+from djax.models import build
 from djax.train import Batch, LossWeights, masked_diffusion_loss, row_losses, sample_masks
 from djax.train.loss import router_losses
 
@@ -22,9 +22,12 @@ CONFIG = LladaMoeConfig(
     vocab_size=11, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, num_experts=4,
     experts_per_token=2, expert_size=6, rms_norm_eps=1e-5, rope_theta=1e4, max_positions=64, mask_id=10, eos_id=0,
     pad_id=0, dtype="float32")
-GRAPHDEF, PARAMS = init_params(CONFIG, jax.random.key(3))
-PARAMS = jax.tree.map(lambda leaf: leaf * 12 if leaf.ndim > 1 else leaf, PARAMS)
-"""At the initial scale every distribution is flat: an error would hide."""
+GRAPHDEF, _SHAPES = nnx.split(build(CONFIG))
+_RNG = np.random.default_rng(3)
+PARAMS = jax.tree.map(
+    lambda leaf: jnp.asarray(
+        0.24 * _RNG.normal(size=leaf.shape) if leaf.ndim > 1 else np.ones(leaf.shape), leaf.dtype), _SHAPES)
+"""Twelve times the initial scale, at which every distribution is flat: an error would hide."""
 MASK = CONFIG.mask_id
 SEED = 17
 
