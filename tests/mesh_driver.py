@@ -5,6 +5,8 @@ In a process of its own: the number of devices is fixed when JAX starts. Prints 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import sys
 import threading
@@ -41,18 +43,25 @@ RECIPES: dict[str, Recipe] = {
     "fast_dllm_prefix": recipes.fast_dllm(factor=0.5, cache="prefix"),
 }
 NAMES = [name for name in PRESETS if name != "single"]
+DEVICES = (8, 2, 4)
 AXIS_TYPES = (AxisType.Auto, AxisType.Explicit)
 
 
-def weights() -> Any:
-    """Random ones, large enough that confidences differ, on the host."""
-    _, params = init_params(CONFIG, jax.random.key(3))
-    return jax.tree.map(lambda array: np.asarray(array * 8 if array.ndim > 1 else array), params)
+SCALES = {1: 24, 2: 8}
+"""By the number of layers: what makes confidences of random weights differ."""
 
 
-def on_mesh(preset: str, devices: int, axis_type: AxisType) -> djax.DiffusionLM:
+@functools.cache
+def weights(config: LladaMoeConfig = CONFIG) -> Any:
+    """Random ones, on the host."""
+    _, params = init_params(config, jax.random.key(3))
+    scale = SCALES[config.num_layers]
+    return jax.tree.map(lambda array: np.asarray(array * scale if array.ndim > 1 else array), params)
+
+
+def on_mesh(preset: str, devices: int, axis_type: AxisType, config: LladaMoeConfig = CONFIG) -> djax.DiffusionLM:
     mesh = make_mesh(preset_sizes(preset, devices), axis_type=axis_type)
-    return djax.DiffusionLM(CONFIG, weights(), mesh=mesh)
+    return djax.DiffusionLM(config, weights(config), mesh=mesh)
 
 
 def same(expected: Generation, got: Generation) -> None:
@@ -62,29 +71,35 @@ def same(expected: Generation, got: Generation) -> None:
     np.testing.assert_allclose(expected.log_prob, got.log_prob, atol=2e-4)
 
 
-def compare(cases: list[tuple[str, int, str]]) -> int:
-    """(preset, devices, recipe) each against one device, on Auto and Explicit meshes in turn."""
-    one = djax.DiffusionLM(CONFIG, jax.tree.map(jax.numpy.asarray, weights()))
-    expected = {name: one.generate(PROMPTS, recipe=RECIPES[name], **SHAPE) for name in {case[2] for case in cases}}
+def compare(cases: list[tuple[str, int, AxisType, str]], config: LladaMoeConfig = CONFIG) -> int:
+    """(preset, devices, kind of axes, recipe) each against one device."""
+    one = djax.DiffusionLM(config, jax.tree.map(jax.numpy.asarray, weights(config)))
+    expected = {name: one.generate(PROMPTS, recipe=RECIPES[name], **SHAPE) for name in {case[-1] for case in cases}}
     for generation in expected.values():
         assert len(np.unique(generation.commit_step[generation.is_open])) > 2, "the trajectory says nothing"
-    for number, (preset, devices, recipe) in enumerate(cases):
-        lm = on_mesh(preset, devices, AXIS_TYPES[number % 2])
+    for preset, devices, axis_type, recipe in cases:
+        lm = on_mesh(preset, devices, axis_type, config)
         same(expected[recipe], lm.generate(PROMPTS, recipe=RECIPES[recipe], **SHAPE))
     return len(cases)
 
 
 def few() -> int:
     """One preset with one recipe: what the default run has time for."""
-    return compare([("sp_tp_ep", 8, "dinfer_credit")])
+    return compare([("sp_tp_ep", 8, AxisType.Auto, "dinfer_credit")])
 
 
 def product() -> int:
-    """Every preset with every recipe on eight devices; on two and four each preset with two."""
-    names = list(RECIPES)
-    few = [(preset, devices, names[(number + shift) % len(names)]) for number, preset in enumerate(NAMES)
-           for devices, shift in ((2, 0), (4, 3))]
-    return compare([(preset, 8, recipe) for preset, recipe in itertools.product(NAMES, RECIPES)] + few)
+    """Every preset with every recipe, and every other pair of preset, recipe, number of devices and kind of axes.
+
+    Of one layer: compiling is what takes the time, and the other jobs have two.
+    """
+    one_layer = dataclasses.replace(CONFIG, num_layers=1)
+    cases = [(preset, DEVICES[(row + column) % len(DEVICES)], AXIS_TYPES[(row + column) % len(AXIS_TYPES)], recipe)
+             for row, preset in enumerate(NAMES) for column, recipe in enumerate(RECIPES)]
+    for left, right in itertools.combinations(range(4), 2):
+        pairs = {(case[left], case[right]) for case in cases}
+        assert len(pairs) == len({left for left, _ in pairs}) * len({right for _, right in pairs})
+    return compare(cases, one_layer)
 
 
 def calls() -> int:
