@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from flax import nnx
 
 import djax
+import kernels_pallas
 from djax import proposals, recipes, rl, strategies
 from djax.canvas import Canvas
 from djax.keys import as_key
@@ -128,14 +130,20 @@ def test_all_settings_at_once_change_nothing(lm) -> None:
         same(generated(lm), want)
 
 
+@pytest.fixture(scope="module")
+def all_wanted(lm) -> tuple[dict[str, Any], ...]:
+    return generated(lm), otherwise_generated(lm), trained(lm), estimated(lm)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_setting_changes_nothing(lm, name) -> None:
-    want, other, wanted, estimates = generated(lm), otherwise_generated(lm), trained(lm), estimated(lm)
-    with under(name):
+@pytest.mark.parametrize("names", [("x64",), ("strict_dtypes", "strict_ranks"), ("rbg",), ("mesh",), ("no_transfers",)],
+                         ids="+".join)
+def test_a_setting_changes_nothing(lm, all_wanted, names) -> None:
+    want, other, wanted, estimates = all_wanted
+    with under(*names):
         same(generated(lm), want)
         same(otherwise_generated(lm), other)
-        if name in ("no_transfers", "mesh"):  # a caller's own `jax.grad` and eager arrays would break on these
+        if names[0] in ("no_transfers", "mesh"):  # a caller's own `jax.grad` and eager arrays would break on these
             r = rl.rollout(lm, PROMPTS, key=3, **LENGTHS)
             masks = rl.masked_states(r, 5, scheme="coupled").masks
             same({"tokens": r.tokens, "masks": masks, "score": rl.score(lm.denoiser, lm.params, r, rl.trace_states(r))},
@@ -196,36 +204,40 @@ def test_a_process_under_a_setting_gives_the_same(lm, tmp_path, setup) -> None:
         same(dict(got), generated(lm) | estimated(lm))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["x64", "strict_dtypes", "strict_ranks"])
-def test_kernels_under_a_setting_give_the_same(name) -> None:
-    import kernels_pallas
+XLA_IMPLEMENTATIONS = {
+    "moe": (moe_cases, ("reference", "xla_dense", "xla_grouped")),
+    "attention": (attention_cases, ("reference", "xla")),
+    "unembed": (unembed_cases, ("reference", "xla_stream")),
+}
 
-    for case in moe_cases.CASES:
-        operands = moe_cases.operands(case, 0)
-        for implementation in ("reference", "xla_dense", "xla_grouped"):
-            run = jax.jit(lambda *given, i=implementation: kernels_pallas.moe(*given, implementation=i))
-            want = run(*operands)
-            with under(name):
-                same({"moe": run(*operands)}, {"moe": want})
-    for case in attention_cases.CASES:
-        given, options = attention_cases.operands(case, 0)
-        for implementation in ("reference", "xla"):
-            run = jax.jit(lambda *given, i=implementation, o=options: kernels_pallas.attention(
-                *given, **o, implementation=i))
-            want = run(*given)
-            with under(name):
-                same({"attention": run(*given)}, {"attention": want})
-    for case in unembed_cases.CASES:
-        given, options = unembed_cases.operands(case, 0)
-        for implementation in ("reference", "xla_stream"):
-            run = jax.jit(lambda *given, i=implementation, o=options: kernels_pallas.unembed(
-                *given, **o, implementation=i))
-            want = run(*given)
-            with under(name):
-                got = run(*given)
-            wanted = {field: value for field, value in want._asdict().items() if value is not None}
-            same({field: getattr(got, field) for field in wanted}, wanted)
+
+def kernel_calls(*, in_turn: bool = False) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """A function and its arguments: each case with each implementation that XLA runs, or with one of them in turn."""
+    for op, (table, names) in XLA_IMPLEMENTATIONS.items():
+        for row, case in enumerate(table.CASES):
+            given = table.operands(case, 0)
+            operands, options = (given, {}) if op == "moe" else given
+            for name in names[row % len(names):][:1] if in_turn else names:
+                yield partial(getattr(kernels_pallas, op), **options, implementation=name), operands
+
+
+@pytest.mark.slow
+def test_kernels_are_the_same_programs_under_strict_rules() -> None:
+    for call, operands in kernel_calls():
+        want = jax.jit(call).lower(*operands).as_text()
+        with under("strict_dtypes", "strict_ranks"):
+            assert jax.jit(call).lower(*operands).as_text() == want
+
+
+@pytest.mark.slow
+def test_kernels_give_the_same_with_64_bits() -> None:
+    for call, operands in kernel_calls(in_turn=True):
+        run = jax.jit(call)
+        want = run(*operands)
+        with under("x64"):
+            got = run(*operands)
+        for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            same({"out": ours}, {"out": theirs})
 
 
 def sample_toy(key: Any, row_ids: list[int]) -> np.ndarray:
