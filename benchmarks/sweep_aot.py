@@ -6,12 +6,14 @@
 
 A model of two layers with heads of 128 runs in bfloat16. A generation's program is compiled for every block length and
 every prompt length, once where several share it (prompts are rounded up), a forward for every number of tokens. Needs
-the extra `aot`. Prints a line for each program that is refused, then the counts; exits with 1 if one is.
+the extra `aot`. Prints a line for each program that is refused, then the counts; exits with 1 if one is. How far
+it came goes to standard error.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -96,6 +98,8 @@ def sweep(topology: str, largest: int) -> tuple[dict[str, int], int, list[str]]:
         except Exception as error:
             refused.append(f"{kind} {size}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
             print(refused[-1], flush=True)
+        if len(compiled) % 10 == 0:
+            print(f"{len(compiled)} programs, at {kind} {size}", file=sys.stderr, flush=True)
     return seen, len(compiled), refused
 
 
