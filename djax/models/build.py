@@ -56,9 +56,11 @@ def build(config: ModelConfig, *, kernels: Kernels = Kernels(), parallel: Parall
     return model
 
 
+@without_mesh()
 def abstract_params(config: ModelConfig) -> nnx.State:
-    """The parameters' tree with a `jax.ShapeDtypeStruct` at every leaf."""
-    return nnx.split(build(config))[1]
+    """The parameters' tree with a `jax.ShapeDtypeStruct` at every leaf; a tree of its own at every call."""
+    _architecture(config)
+    return jax.tree.map(lambda leaf: leaf, _abstract(config, Kernels(), WHOLE)[1])
 
 
 def logical_axes(config: ModelConfig) -> dict[Any, Any]:

@@ -64,8 +64,8 @@ def train(
         weights=LossWeights(balance=training.balance, router_z=training.router_z), accumulate=training.accumulate,
         remat=training.remat, vocab_chunk=training.vocab_chunk, compute_dtype=training.compute_dtype or model.dtype,
         objective=objective or (block_diffusion_loss if training.objective == "block" else masked_diffusion_loss))
-    batches(0)  # a wrong example is an error before anything is announced
-    with _progress(training.steps, Path(training.output)) as report:
+    batches = _announced(batches, f"training to {training.steps} updates in {Path(training.output)}")
+    with _progress(training.steps) as report:
         try:
             state = fit(
                 init_state(params, optimizer, shardings=placed), step, _on(mesh, batches),
@@ -103,14 +103,28 @@ def _on(mesh: Mesh | None, batches: Callable[[int], Batch]) -> Callable[[int], B
     return lambda update: jax.device_put(batches(update), rows)
 
 
+def _announced(batches: Callable[[int], Batch], what: str) -> Callable[[int], Batch]:
+    """The same batches. With the first one the training begins, which is said where no progress bar shows it."""
+    begun = sys.stderr.isatty()
+
+    def made(update: int) -> Batch:
+        nonlocal begun
+        batch = batches(update)  # a wrong example is an error, and nothing was announced
+        if not begun:
+            print(f"{what}; the first one compiles", file=sys.stderr, flush=True)
+            begun = True
+        return batch
+
+    return made
+
+
 @contextmanager
-def _progress(steps: int, output: Path) -> Iterator[Callable[[int, Metrics], None]]:
+def _progress(steps: int) -> Iterator[Callable[[int, Metrics], None]]:
     """A progress bar on standard error, or a line for each report where that is no terminal."""
     def line(metrics: Metrics) -> str:
         return f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:.0f} tokens/s"
 
     if not sys.stderr.isatty():
-        print(f"training to {steps} updates in {output}; the first one compiles", file=sys.stderr, flush=True)
         yield lambda done, metrics: print(f"{done}/{steps}: {line(metrics)}", file=sys.stderr, flush=True)
         return
     from rich.console import Console
