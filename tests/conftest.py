@@ -47,6 +47,11 @@ def press_ctrl_c() -> None:
             gc.enable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: one worker has it, and what is begun last the other would wait for."""
+    items.sort(key=lambda item: item.path.name != "test_mesh.py")
+
+
 @pytest.fixture(scope="session")
 def golden_lm():
     """dInfer's tiny checkpoint in float32; one object, so that tests share its compiled programs."""
