@@ -16,9 +16,11 @@ FAST_COMPILE = ("--xla_backend_optimization_level=0 "
 EIGHT_DEVICES = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 """XLA_FLAGS of a process with eight fake devices; their number is fixed when JAX starts."""
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), FAST_COMPILE]).strip()
-# A shell that starts a command in the background has it ignore SIGINT, and so would every process that a test starts.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts a command in the background has it ignore SIGINT, nohup SIGHUP, and so would every process that a
+# test starts.
+for ignored, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, usual)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Programs compiled once serve the other worker, the processes that tests start, and the next run. XLA's own key holds
