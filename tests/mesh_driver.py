@@ -139,8 +139,8 @@ def calls() -> int:
 
 
 def goldens() -> int:
-    """Every tenth of dInfer's recorded traces."""
-    cases = read_cases(GOLDENS)[::10]
+    """Every 24th of dInfer's recorded traces; `python -m tests.replay_goldens --mesh` replays all."""
+    cases = read_cases(GOLDENS)[::24]
     for preset, devices, part in (("tp_ep", 8, cases[::2]), ("sp_tp", 4, cases[1::4]), ("ep", 2, cases[3::4])):
         lm = djax.load(GOLDENS, dtype="float32", mesh=make_mesh(preset_sizes(preset, devices)))
         for case in part:
