@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,23 +181,26 @@ def test_a_mix_keeps_both_orders() -> None:
 
 @pytest.mark.slow
 def test_the_build_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compression, of_stage = build_recipe.compression_config, build_recipe.stage_config
+
+    def smaller(config: Any) -> Any:
+        return dataclasses.replace(
+            config, training=dataclasses.replace(config.training, batch_size=4),
+            optimizer=dataclasses.replace(config.optimizer, warmup_steps=min(config.optimizer.warmup_steps, 1)))
+
+    monkeypatch.setattr(build_recipe, "stage_config", lambda *given: smaller(of_stage(*given)))
+    monkeypatch.setattr(build_recipe, "compression_config", lambda output, steps: smaller(
+        compression(output, steps=steps)))
     written = train_base(tmp_path, stages=[dataclasses.replace(stage, steps=1) for stage in build_recipe.STAGES[1:]])
     assert sorted(file.name for file in written.iterdir()) == FILES
     assert djax.load(written).config.num_experts == 8
-    original = build_recipe.compression_config
-
-    def smaller(output: Path, *, steps: int) -> object:
-        config = original(output, steps=steps)
-        return dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=4))
-
-    monkeypatch.setattr(build_recipe, "compression_config", smaller)
 
     def again() -> bytes:
-        return (compress(tmp_path, prompts=6, steps=52, accept=lambda example, answer: True)
+        return (compress(tmp_path, prompts=6, steps=3, accept=lambda example, answer: True)
                 / "model.safetensors").read_bytes()
 
     with pytest.raises(ValueError, match="trajectories: got none"):
-        compress(tmp_path, prompts=2, steps=52)  # so short a training gets nothing right
+        compress(tmp_path, prompts=6, steps=3)  # so short a training gets nothing right
     weights = again()
     assert weights != (written / "model.safetensors").read_bytes()
     before = (tmp_path / "trajectories.npz").stat().st_mtime_ns
