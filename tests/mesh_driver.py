@@ -45,8 +45,6 @@ RECIPES: dict[str, Recipe] = {
 NAMES = [name for name in PRESETS if name != "single"]
 DEVICES = (8, 2, 4)
 AXIS_TYPES = (AxisType.Auto, AxisType.Explicit)
-
-
 SCALES = {1: 24, 2: 8}
 """By the number of layers: what makes confidences of random weights differ."""
 
@@ -98,7 +96,7 @@ def product() -> int:
              for row, preset in enumerate(NAMES) for column, recipe in enumerate(RECIPES)]
     for left, right in itertools.combinations(range(4), 2):
         pairs = {(case[left], case[right]) for case in cases}
-        assert len(pairs) == len({left for left, _ in pairs}) * len({right for _, right in pairs})
+        assert len(pairs) == len({one for one, _ in pairs}) * len({other for _, other in pairs})
     return compare(cases, one_layer)
 
 

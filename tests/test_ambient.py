@@ -217,7 +217,7 @@ def kernel_calls(*, in_turn: bool = False) -> Iterator[tuple[Callable[..., Any],
         for row, case in enumerate(table.CASES):
             given = table.operands(case, 0)
             operands, options = (given, {}) if op == "moe" else given
-            for name in names[row % len(names):][:1] if in_turn else names:
+            for name in (names[row % len(names)],) if in_turn else names:
                 yield partial(getattr(kernels_pallas, op), **options, implementation=name), operands
 
 

@@ -98,6 +98,13 @@ def test_sweeps_compile_nothing(golden_lm, batch):
 
 
 @pytest.mark.slow
+def test_another_block_length_is_compiled_once(golden_lm, batch):
+    before = golden_lm.compile_count
+    golden_lm.generate(PROMPTS, recipe=DUAL, max_new_tokens=20, block_length=4, mask_id=MASK)
+    assert golden_lm.compile_count == before + 2  # what begins, and the loop
+
+
+@pytest.mark.slow
 def test_warmup_compiles_ahead(golden_lm):
     lm = djax.DiffusionLM(dataclasses.replace(golden_lm.config, mask_id=MASK), golden_lm.params)
     assert lm.warmup([(2, 5, 8)], recipe=DUAL, block_length=8) == 2

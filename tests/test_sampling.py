@@ -52,9 +52,9 @@ def target(name: str, temperature: float) -> np.ndarray:
 
 def p_value(counts: np.ndarray, probability: np.ndarray) -> float:
     """Chi-square; tokens of probability 0 must not occur at all."""
-    assert counts[probability == 0].sum() == 0
     from scipy import stats  # takes a second, which every worker would spend on collecting
 
+    assert counts[probability == 0].sum() == 0
     kept = probability > 0
     if kept.sum() == 1:
         return 1.0  # One token left: that it is the right one was just checked.

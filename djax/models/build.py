@@ -40,6 +40,13 @@ def _abstract(config: ModelConfig, kernels: Kernels, parallel: Parallel) -> tupl
     return nnx.split(nnx.eval_shape(lambda: _construct(config, nnx.Rngs(0), kernels, parallel)))
 
 
+def _own_abstract(config: ModelConfig, kernels: Kernels, parallel: Parallel) -> tuple[nnx.GraphDef, nnx.State]:
+    """The graphdef and the shapes, in a tree that the caller may change."""
+    _architecture(config)  # what is no configuration need not be hashable
+    graphdef, state = _abstract(config, kernels, parallel)
+    return graphdef, jax.tree.map(lambda leaf: leaf, state)
+
+
 @without_mesh()
 def build(config: ModelConfig, *, kernels: Kernels = Kernels(), parallel: Parallel = WHOLE) -> Model:
     """The model with `jax.ShapeDtypeStruct` in place of every parameter.
@@ -50,17 +57,14 @@ def build(config: ModelConfig, *, kernels: Kernels = Kernels(), parallel: Parall
     Raises:
         ValueError: no model for this kind of configuration.
     """
-    _architecture(config)  # what is no configuration need not be hashable
-    graphdef, state = _abstract(config, kernels, parallel)
-    model: Model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
+    model: Model = nnx.merge(*_own_abstract(config, kernels, parallel))
     return model
 
 
 @without_mesh()
 def abstract_params(config: ModelConfig) -> nnx.State:
     """The parameters' tree with a `jax.ShapeDtypeStruct` at every leaf; a tree of its own at every call."""
-    _architecture(config)
-    return jax.tree.map(lambda leaf: leaf, _abstract(config, Kernels(), WHOLE)[1])
+    return _own_abstract(config, Kernels(), WHOLE)[1]
 
 
 def logical_axes(config: ModelConfig) -> dict[Any, Any]:

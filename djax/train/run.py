@@ -105,7 +105,9 @@ def _on(mesh: Mesh | None, batches: Callable[[int], Batch]) -> Callable[[int], B
 
 def _announced(batches: Callable[[int], Batch], what: str) -> Callable[[int], Batch]:
     """The same batches. With the first one the training begins, which is said where no progress bar shows it."""
-    begun = sys.stderr.isatty()
+    if sys.stderr.isatty():
+        return batches
+    begun = False
 
     def made(update: int) -> Batch:
         nonlocal begun

@@ -16,17 +16,9 @@ from djax.models import Llada2Moe, build
 
 from . import golden_llada2 as golden
 
-torch: Any = None
-transformers: Any = None
-
-
-@pytest.fixture(scope="module", autouse=True)
-def libraries() -> None:
-    """Not when this is collected: every worker collects all, and PyTorch takes seconds to import."""
-    global torch, transformers
-    torch = pytest.importorskip("torch", reason="the oracle needs torch (pip install djax[oracle], Python 3.11)")
-    transformers = pytest.importorskip("transformers", reason="the oracle is transformers' glm4_moe")
-
+pytestmark = pytest.mark.usefixtures("oracle_libraries")
+torch: Any
+transformers: Any
 
 LENGTH = 20
 """Two whole blocks and a half of the goldens'."""

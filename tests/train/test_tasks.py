@@ -332,7 +332,7 @@ def test_lengths_in_tokens(tmp_path: Path) -> None:
     """With the bundled model's tokenizer: answers long enough for parallel decoding to matter."""
     write_tokenizer(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
-    sample = list(itertools.islice(examples(None, split="train", seed=6), 300))
+    sample = list(itertools.islice(examples(None, split="train", seed=6), 1000))
     for name in TASKS:
         of_task = [example for example in sample if example.task == name]
         answers, prompts = ([len(tokenizer.encode(text)) for text in texts] for texts in (
