@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import Budget
-from djax.config import LladaMoeConfig
+from djax.models.config import LladaMoeConfig
 
 BROKEN = 3
 """Exit code of a process whose device no longer computes, as after an illegal access."""

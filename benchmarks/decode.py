@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import checkpoint, products, report
 from benchmarks.engines import Case, Run, Worker
-from djax.generation import tokens_per_forward, tokens_per_second
+from djax.engine.results import tokens_per_forward, tokens_per_second
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 RECIPES: dict[str, dict[str, Any]] = {

@@ -23,9 +23,8 @@ from rich.console import Console
 
 import djax
 from benchmarks import report
-from djax import rl
-from djax.train import tasks
-from djax.types import Forbidden
+from djax import rl, tasks
+from djax.contracts.types import Forbidden
 
 LENGTH = 6
 SCHEMES: tuple[tuple[rl.Scheme, int | None], ...] = (

@@ -180,7 +180,7 @@ def measure(directory: Path, canvas: int) -> dict[str, Any]:
     import jax
 
     from convert import load_params
-    from djax.sharding import named_leaves
+    from djax.devices.sharding import named_leaves
 
     device = jax.devices()[0]
     before = peak_bytes()

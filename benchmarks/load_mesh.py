@@ -55,7 +55,7 @@ def measure(directory: Path, mesh: str, *, process: int, processes: int, port: i
     import jax
 
     from djax import distributed
-    from djax.sharding import make_mesh, named_leaves, parse_mesh
+    from djax.devices.sharding import make_mesh, named_leaves, parse_mesh
 
     sizes = parse_mesh(mesh, devices=0) if "=" in mesh else {}
     devices = math.prod(sizes.values())

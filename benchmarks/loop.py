@@ -27,9 +27,9 @@ from benchmarks.ops import compiled
 from benchmarks.report import Spread
 from benchmarks.roofline import Ceilings
 from djax import Canvas, cache_policies, denoise, strategies, transforms
+from djax.contracts.types import CachePolicy
 from djax.models import ModelDenoiser
-from djax.roofline import tokens_per_second
-from djax.types import CachePolicy
+from djax.plan.roofline import tokens_per_second
 
 TOKENS_PER_FORWARD = (3.87, 5.67)
 """dInfer's, with its cache and on the compressed checkpoint (arXiv 2510.08666)."""

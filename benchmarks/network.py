@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from benchmarks.cases import Sizes
 from benchmarks.ops import normal
-from djax.cache import KVCache
+from djax.contracts.cache import KVCache
 from djax.models import Kernels, build, init_params
 from djax.models.layers import rms_norm
 from djax.models.llada_moe import Layer

@@ -3,7 +3,7 @@
     python -m benchmarks.quality                       # every recipe, 500 held-out prompts a task
     python -m benchmarks.quality --prompts 50 --recipes reference dinfer
 
-Prompts are the first held-out ones of each task (`djax.train.tasks.held_out_set`), never trained on. All recipes take
+Prompts are the first held-out ones of each task (`djax.tasks.held_out_set`), never trained on. All recipes take
 a batch of prompts in turn, so that their times are compared side by side; what is done is kept in a file beside the
 results, and a run that was stopped goes on there. Writes quality.json, quality.md, quality.png and quality.svg.
 """
@@ -25,11 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import djax
 from benchmarks import quality_report, report
-from djax import assets, recipes
-from djax.cache_policies import Dual
-from djax.generation import tokens_per_forward, tokens_per_second
+from djax import assets, recipes, tasks
+from djax.engine.results import tokens_per_forward, tokens_per_second
+from djax.parts.cache_policies import Dual
 from djax.recipes import Recipe
-from djax.train import tasks
 
 RESULTS = Path(__file__).parent / "results"
 MAX_NEW_TOKENS, BLOCK_LENGTH = 128, 64

@@ -24,7 +24,7 @@ from benchmarks import rl_report
 from benchmarks.rl_optax import METHODS
 from benchmarks.rl_optax import train as train_with_optax
 from benchmarks.rl_task import PLACEMENTS, TRAINERS, TUNIX_METHODS, Run, Settings, Trainer, meshes
-from djax.train import tasks
+from djax import tasks
 
 RESULTS = Path(__file__).parent / "results" / "rl"
 

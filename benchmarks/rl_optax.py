@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Key
 
 import djax
 from benchmarks.rl_task import Prompts, Run, Settings, batches, evaluate, load, rewards, texts, weakened
+from djax.contracts.types import Params
+from djax.devices.sharding import shardings
 from djax.models import build, kernels_on, logical_axes
 from djax.rl import Rollout, masked_states, rollout, score, trace_states
 from djax.rl.advantages import Scale, group_advantages
@@ -26,10 +28,8 @@ from djax.rl.losses import (
     gdpo_loss,
     trace_grpo_loss,
 )
-from djax.rl.types import PER_ROW
-from djax.sharding import shardings
+from djax.rollouts.types import PER_ROW
 from djax.train.step import TrainState, init_state
-from djax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,11 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import djax
-from djax import recipes
+from djax import recipes, tasks
+from djax.contracts.types import Params
 from djax.recipes import Recipe
 from djax.rl import Rollout, rollout
-from djax.train import tasks
-from djax.types import Params
 
 TRAINERS, PLACEMENTS = ("optax", "tunix"), ("colocated", "disjoint")
 TUNIX_METHODS = ("trace", "diffu")

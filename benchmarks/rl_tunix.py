@@ -19,12 +19,12 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 
 from benchmarks.rl_optax import METHODS, optimizer
 from benchmarks.rl_task import Prompts, Run, Settings, batches, evaluate, load, rewards
+from djax import tasks
+from djax.contracts.types import Params
 from djax.models import kernels_on
 from djax.rl.advantages import group_advantages
 from djax.rl.policy import DiffusionPolicy, diffusion_policy
 from djax.rl.tunix import DiffusionRollout, TraceGRPOConfig, TraceGRPOLearner, adapter
-from djax.train import tasks
-from djax.types import Params
 
 PROMPT_LENGTH = 48
 DIFFU_ADVANTAGES = "benchmark_diffu"

@@ -1,10 +1,10 @@
-"""How near an op comes to what a device was seen to reach: the least that it needs is in `djax.roofline`."""
+"""How near an op comes to what a device was seen to reach: the least that it needs is in `djax.plan.roofline`."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from djax.roofline import Cost, attention, experts_read, forward, moe, projections, unembed
+from djax.plan.roofline import Cost, attention, experts_read, forward, moe, projections, unembed
 
 __all__ = ["Ceilings", "Cost", "attention", "experts_read", "forward", "moe", "projections", "unembed"]
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.sampling                      # temperature 0.2, 200 held-out prompts
 
-Prompts are the first held-out ones of each task (`djax.train.tasks.held_out_set`), as many of each; every row of
+Prompts are the first held-out ones of each task (`djax.tasks.held_out_set`), as many of each; every row of
 the table decodes the same ones with the same key. A filter narrows a draw and decides
 nothing, so it should cost no accuracy.
 """
@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 import djax
-from djax.train import tasks
+from djax import tasks
 
 BLOCK_LENGTH = MAX_NEW_TOKENS = 64
 

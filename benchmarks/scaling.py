@@ -65,10 +65,10 @@ def decode_fake() -> None:
     import numpy as np
 
     from djax import recipes
+    from djax.devices.sharding import make_mesh, preset_sizes
+    from djax.engine.program import Program
     from djax.models import init_params
-    from djax.plan_request import Request
-    from djax.program import Program
-    from djax.sharding import make_mesh, preset_sizes
+    from djax.plan.request import Request
 
     config = small_config()
     _, params = init_params(config, jax.random.key(3))
@@ -94,7 +94,7 @@ def decode_fake() -> None:
 
 def small_config() -> Any:
     """Eight heads and experts, so that they divide over eight devices; float32."""
-    from djax.config import LladaMoeConfig
+    from djax.models.config import LladaMoeConfig
 
     return LladaMoeConfig(
         vocab_size=128, hidden_size=32, num_layers=3, num_heads=8, num_kv_heads=8, head_dim=8, num_experts=8,
@@ -104,7 +104,7 @@ def small_config() -> Any:
 
 def exchanged(text: str) -> dict[str, Any]:
     """Collectives of each kind of step, and of one layer in it."""
-    from djax import hlo
+    from djax.plan import hlo
 
     steps = hlo.generation_steps(hlo.read_module(text), cached=True)
     found = {name: step.pass_collectives() for name, step in steps.items()}
@@ -117,9 +117,9 @@ def exchanged(text: str) -> dict[str, Any]:
 
 def compiled_plan(model: str, topology: str, mesh: str) -> dict[str, Any]:
     """`djax plan` of a full-size model, as JSON; what does not fit or cannot be compiled says so."""
-    from djax.plan import plan
-    from djax.published import PUBLISHED
-    from djax.topology import missing_compiler
+    from djax.models.published import PUBLISHED
+    from djax.plan.planner import plan
+    from djax.plan.topology import missing_compiler
 
     asked = {"model": model, "topology": topology, "mesh": mesh}
     reason = missing_compiler(topology)
@@ -133,8 +133,8 @@ def compiled_plan(model: str, topology: str, mesh: str) -> dict[str, Any]:
 
 def estimated_again(row: dict[str, Any]) -> dict[str, Any]:
     """A row on record with today's estimates and roofline beside what the compiler said then."""
-    from djax.plan import plan
-    from djax.published import PUBLISHED
+    from djax.models.published import PUBLISHED
+    from djax.plan.planner import plan
 
     if "plan" not in row:
         return row
@@ -149,8 +149,8 @@ def estimated_again(row: dict[str, Any]) -> dict[str, Any]:
 
 def strong_scaling() -> list[dict[str, Any]]:
     """The roofline of one windowed forward of one row on 1 to 64 devices, each time on the fastest mesh."""
-    from djax.plan_request import Request
-    from djax.published import PUBLISHED
+    from djax.models.published import PUBLISHED
+    from djax.plan.request import Request
 
     rows = []
     for model in MODELS:
@@ -198,10 +198,10 @@ def time_shard(count: int, *, tiny: bool, kind: str) -> dict[str, Any]:
     from benchmarks import loop
     from benchmarks.cases import FULL, TINY
     from djax import cache_policies, strategies
-    from djax.plan_request import Request
-    from djax.program import Program
+    from djax.devices.sharding import preset_sizes
+    from djax.engine.program import Program
+    from djax.plan.request import Request
     from djax.recipes import Recipe
-    from djax.sharding import preset_sizes
 
     sizes, cases = preset_sizes("tp", count), TINY if tiny else FULL
     window, _, batch = cases.main

@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from djax import recipes
-from djax.canvas import Canvas
-from djax.config import LladaMoeConfig
-from djax.denoise import denoise
+from djax.contracts.canvas import Canvas
+from djax.contracts.types import Denoiser
+from djax.engine.program import Program
+from djax.loop.denoise import denoise
 from djax.models import abstract_params
-from djax.program import Program
-from djax.topology import compile_for, devices
-from djax.types import Denoiser
+from djax.models.config import LladaMoeConfig
+from djax.plan.topology import compile_for, devices
 
 CONFIG = LladaMoeConfig(
     vocab_size=1024, hidden_size=256, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=128, num_experts=8,

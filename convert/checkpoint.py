@@ -26,11 +26,11 @@ from convert.files import read_json, sha256
 from convert.hf_config import hf_fields, model_config
 from convert.source import write_text_files
 from convert.together import directory_together
-from djax.config import DTYPES, ModelConfig
-from djax.distributed import processes
+from djax.devices.distributed import processes
+from djax.devices.sharding import LogicalAxes, Rules, named_leaves, shardings
 from djax.errors import shown
 from djax.models import abstract_params, logical_axes
-from djax.sharding import LogicalAxes, Rules, named_leaves, shardings
+from djax.models.config import DTYPES, ModelConfig
 
 MANIFEST_NAME = "manifest.json"
 PARAMS_NAME = "params"

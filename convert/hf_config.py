@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from convert.errors import ConfigError
 from convert.files import read_json
-from djax.config import (
+from djax.errors import ArgumentError, shown
+from djax.models.config import (
     DTYPES,
     LLADA2_BLOCK_LENGTH,
     LLADA2_MOE_MASK_ID,
@@ -22,7 +23,6 @@ from djax.config import (
     LladaMoeConfig,
     ModelConfig,
 )
-from djax.errors import ArgumentError, shown
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"

@@ -18,8 +18,8 @@ from convert.load import table_of
 from convert.mapping import Share, Table, published_keys
 from convert.safetensors_io import INDEX_NAME, SINGLE_NAME
 from convert.source import write_text_files
-from djax.config import ModelConfig
-from djax.sharding import named_leaves
+from djax.devices.sharding import named_leaves
+from djax.models.config import ModelConfig
 
 LARGEST_FILE = 5_000_000_000
 """Bytes of tensors per file, as the hub likes them."""

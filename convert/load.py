@@ -20,10 +20,10 @@ from convert.mapping import FLOAT_DTYPES, Plan, Table, plan
 from convert.placement import read_parameters
 from convert.safetensors_io import SafetensorsReader
 from convert.source import refuse_other_kinds, resolve_source
-from djax.config import DTYPES, Llada2MoeConfig, LladaMoeConfig, ModelConfig
+from djax.devices.sharding import LogicalAxes, Rules, named_leaves, shardings
 from djax.errors import check_choice
 from djax.models import abstract_params, logical_axes
-from djax.sharding import LogicalAxes, Rules, named_leaves, shardings
+from djax.models.config import DTYPES, Llada2MoeConfig, LladaMoeConfig, ModelConfig
 
 _TABLES: dict[type, Table] = {LladaMoeConfig: llada_moe.TABLE, Llada2MoeConfig: llada2_moe.TABLE}
 

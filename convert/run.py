@@ -17,8 +17,8 @@ from convert.files import sha256
 from convert.load import Meter, Progress, check_dtype, open_huggingface, read_state
 from convert.placement import numpy_dtype
 from convert.source import resolve_source
-from djax.distributed import processes
-from djax.sharding import Rules
+from djax.devices.distributed import processes
+from djax.devices.sharding import Rules
 
 
 def _digests(files: tuple[Path, ...], meter: Meter) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from convert.errors import SourceError
 from convert.hf_config import CONFIG_NAME, hf_fields
-from djax.config import ModelConfig
+from djax.models.config import ModelConfig
 
 TEXT_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

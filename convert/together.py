@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from convert.atomic import as_destination_error, atomic_directory
-from djax.distributed import PeerError, processes, share
+from djax.devices.distributed import PeerError, processes, share
 
 
 @contextlib.contextmanager

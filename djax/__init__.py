@@ -10,31 +10,27 @@ that the command line can answer without jax.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from djax import (
+    from djax import recipes, rl, testing
+    from djax.api import DiffusionLM, load
+    from djax.contracts import struct, types
+    from djax.contracts.canvas import Canvas
+    from djax.devices import distributed, sharding
+    from djax.engine.results import Generation, StreamStep
+    from djax.loop.denoise import denoise
+    from djax.loop.state import Parts, Result, StopReason
+    from djax.models.kernels import Kernels
+    from djax.parts import (
         cache_policies,
-        distributed,
         proposals,
-        recipes,
-        rl,
         schedules,
-        sharding,
         smoothing,
         stopping,
         strategies,
-        testing,
         transforms,
     )
-    from djax.api import DiffusionLM, load
-    from djax.canvas import Canvas
-    from djax.denoise import denoise
-    from djax.generation import Generation, StreamStep
-    from djax.models.kernels import Kernels
-    from djax.state import Parts, Result, StopReason
 
 __version__ = "0.1.0"
 
@@ -59,30 +55,28 @@ __all__ = [
     "smoothing",
     "stopping",
     "strategies",
+    "struct",
     "testing",
     "transforms",
+    "types",
 ]
 
-_HOME = {"Canvas": "canvas", "DiffusionLM": "api", "Generation": "generation",
-         "Kernels": "models.kernels", "Parts": "state", "Result": "state",
-         "StopReason": "state", "StreamStep": "generation", "denoise": "denoise", "load": "api"}
-
-
-class _Package(ModuleType):
-    """Importing the module `djax.denoise` would put it in the place of the function of that name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value.denoise if name == "denoise" and isinstance(value, ModuleType) else value)
-
-
-sys.modules[__name__].__class__ = _Package
+_HOME = {
+    "Canvas": "contracts.canvas", "DiffusionLM": "api", "Generation": "engine.results", "Kernels": "models.kernels",
+    "Parts": "loop.state", "Result": "loop.state", "StopReason": "loop.state", "StreamStep": "engine.results",
+    "denoise": "loop.denoise", "load": "api"}
+_ROOM = {
+    "cache_policies": "parts", "proposals": "parts", "schedules": "parts", "smoothing": "parts", "stopping": "parts",
+    "strategies": "parts", "transforms": "parts", "distributed": "devices", "sharding": "devices",
+    "struct": "contracts", "types": "contracts"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'djax' has no attribute {name!r}")
-    home = importlib.import_module(f"djax.{_HOME.get(name, name)}")
-    return getattr(home, name) if name in _HOME else home
+    if name in _HOME:
+        return getattr(importlib.import_module(f"djax.{_HOME[name]}"), name)
+    return importlib.import_module(f"djax.{_ROOM[name]}.{name}" if name in _ROOM else f"djax.{name}")
 
 
 def __dir__() -> list[str]:

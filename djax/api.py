@@ -16,25 +16,25 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from djax import recipes
-from djax.ambient import without_mesh
-from djax.calls import CallOptions, check_block_length, check_lengths, make_parts, resolve_ids
-from djax.canvas import Canvas
-from djax.config import DTYPES, ModelConfig
-from djax.distributed import with_peers
+from djax.contracts.ambient import without_mesh
+from djax.contracts.canvas import Canvas
+from djax.contracts.keys import as_key
+from djax.contracts.types import Denoiser, Params
+from djax.devices.distributed import with_peers
+from djax.devices.sharding import Rules
+from djax.engine.options import CallOptions, check_block_length, check_lengths, make_parts, resolve_ids
+from djax.engine.program import Program
+from djax.engine.prompts import Prompt, shared_masked, shared_prompts
+from djax.engine.results import Generation, Streamer, StreamReader, StreamStep, Watch, feed
+from djax.engine.running import Run
+from djax.engine.tokenizer import Tokenizer, has_tokenizer
+from djax.engine.weights import accept, check_alive
 from djax.errors import ArgumentError, check_choice, check_integer, shown
-from djax.generation import Generation, Streamer, StreamReader, StreamStep, Watch, feed
-from djax.keys import as_key
-from djax.memory import MemoryEstimate, estimate_memory
+from djax.loop.state import Parts
 from djax.models import Guided, Kernels, ModelDenoiser, build, kernels_on
-from djax.program import Program
-from djax.prompts import Prompt, shared_masked, shared_prompts
+from djax.models.config import DTYPES, ModelConfig
+from djax.plan.memory import MemoryEstimate, estimate_memory
 from djax.recipes import Recipe
-from djax.running import Run
-from djax.sharding import Rules
-from djax.state import Parts
-from djax.text import Tokenizer, has_tokenizer
-from djax.types import Denoiser, Params
-from djax.weights import accept, check_alive
 
 
 @without_mesh()
@@ -159,7 +159,8 @@ class DiffusionLM:
 
         Ctrl-C raises KeyboardInterrupt there, in whichever thread this runs (while XLA compiles: when that is done);
         `watch` has seen what was reached. A sweep of thresholds, temperatures, keys or EOS ids compiles nothing new,
-        nor do prompts whose lengths fall into the same bucket (`djax.canvas.bucket_size`); `compile_count` tells.
+        nor do prompts whose lengths fall into the same bucket (`djax.contracts.canvas.bucket_size`); `compile_count`
+        tells.
 
         Args:
             prompts: texts (taken as they are), conversations (through the chat template) or token ids. On a mesh of
@@ -175,7 +176,7 @@ class DiffusionLM:
             min_p: draw from tokens at least this probable relative to the best only.
             guidance: scale of classifier-free guidance (two forwards per step); None is off.
             key: a seed, 0 to 2**63 - 1, or a `jax.random` key, which is turned into a threefry key
-                (`djax.keys.as_key`) if it is none.
+                (`djax.contracts.keys.as_key`) if it is none.
             mask_id: overrides the model's mask id.
             eos_id: overrides the model's EOS id; several end a sequence alike.
             stop_on_eos: end a row with the block that holds its first EOS; completions are trimmed there

@@ -80,7 +80,7 @@ def counted(counts: list[int]) -> Iterator[None]:
 
 def bytes_held(params: Any) -> dict[str, int]:
     """Bytes of every parameter that this process's devices hold, copies counted once."""
-    from djax.sharding import named_leaves
+    from djax.devices.sharding import named_leaves
 
     return {name: sum({str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards}.values())
             for name, leaf in named_leaves(params).items()}
@@ -90,7 +90,7 @@ def whole_generation(process: int, directory: Path) -> dict[str, Any]:
     """Load, generate, infill, stream, save, load again."""
     import convert
     import djax
-    from djax.sharding import make_mesh
+    from djax.devices.sharding import make_mesh
 
     mesh = make_mesh({"expert": 2, "tensor": 4})
     read: list[int] = []
@@ -132,7 +132,7 @@ def whole_generation(process: int, directory: Path) -> dict[str, Any]:
 def reading(process: int, directory: Path) -> dict[str, Any]:
     """Bytes that this process reads of a checkpoint whose rows are long enough to be cut, and of a converted one."""
     import convert
-    from djax.sharding import make_mesh, named_leaves
+    from djax.devices.sharding import make_mesh, named_leaves
 
     read: list[int] = []
     with counted(read):
@@ -166,7 +166,7 @@ def bytes_by_tensorstore() -> int:
 def forever(process: int, directory: Path) -> dict[str, Any]:
     """Generate until the process dies."""
     import djax
-    from djax.sharding import make_mesh
+    from djax.devices.sharding import make_mesh
 
     lm = djax.load(GOLDENS, dtype="float32", mesh=make_mesh({"expert": 2, "tensor": 4}))
     while True:
@@ -177,7 +177,7 @@ def forever(process: int, directory: Path) -> dict[str, Any]:
 def waiting(process: int, directory: Path) -> dict[str, Any]:
     """Process 0 waits for prompts that process 1 never gives."""
     import djax
-    from djax.sharding import make_mesh
+    from djax.devices.sharding import make_mesh
 
     lm = djax.load(GOLDENS, dtype="float32", mesh=make_mesh({"expert": 2, "tensor": 4}))
     print("generated", flush=True)
@@ -190,7 +190,7 @@ def waiting(process: int, directory: Path) -> dict[str, Any]:
 def leaving(process: int, directory: Path) -> dict[str, Any]:
     """Process 0 waits for prompts; process 1 raises an error and ends."""
     import djax
-    from djax.sharding import make_mesh
+    from djax.devices.sharding import make_mesh
 
     lm = djax.load(GOLDENS, dtype="float32", mesh=make_mesh({"expert": 2, "tensor": 4}))
     if process:

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from djax import recipes, transforms
-from djax.canvas import Canvas
-from djax.config import LladaMoeConfig
-from djax.denoise import denoise
+from djax.contracts.canvas import Canvas
+from djax.loop.denoise import denoise
 from djax.models import Kernels, ModelDenoiser, abstract_params, build
+from djax.models.config import LladaMoeConfig
+from djax.plan.topology import compile_for, devices
 from djax.recipes import Recipe
-from djax.topology import compile_for, devices
 
 FULL_SIZE = LladaMoeConfig(
     vocab_size=157184, hidden_size=2048, num_layers=16, num_heads=16, num_kv_heads=16, head_dim=128,

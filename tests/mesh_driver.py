@@ -18,11 +18,11 @@ from jax.sharding import AxisType
 
 import djax
 from djax import recipes, transforms
-from djax.config import LladaMoeConfig
-from djax.generation import Generation
+from djax.devices.sharding import PRESETS, make_mesh, preset_sizes
+from djax.engine.results import Generation
 from djax.models import init_params
+from djax.models.config import LladaMoeConfig
 from djax.recipes import Recipe
-from djax.sharding import PRESETS, make_mesh, preset_sizes
 from tests.conftest import GOLDENS
 from tests.replay_goldens import read_cases, replay
 

@@ -18,13 +18,13 @@ from typing import Any
 import jax
 
 import djax
-from djax.cache_policies import BlockCausal, Dual, NoCache, Prefix, Vicinity, WithWarmup
+from djax.devices.sharding import make_mesh, parse_mesh
+from djax.parts.cache_policies import BlockCausal, Dual, NoCache, Prefix, Vicinity, WithWarmup
+from djax.parts.schedules import Linear
+from djax.parts.smoothing import HardTokens, SoftTokens
+from djax.parts.strategies import Hierarchical, Threshold
+from djax.parts.transforms import Credit, Identity
 from djax.recipes import Recipe
-from djax.schedules import Linear
-from djax.sharding import make_mesh, parse_mesh
-from djax.smoothing import HardTokens, SoftTokens
-from djax.strategies import Hierarchical, Threshold
-from djax.transforms import Credit, Identity
 from tests.select import SelectStrategy, SelectTransform
 
 Case = dict[str, Any]

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from djax import struct
-from djax.types import FORBID_NOTHING, Forbidden
+from djax.contracts import struct
+from djax.contracts.types import FORBID_NOTHING, Forbidden
 
 
 def _switch(index: Any, calls: list[Callable[[], Any]]) -> Any:

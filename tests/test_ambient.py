@@ -21,11 +21,11 @@ from flax import nnx
 import djax
 import kernels_pallas
 from djax import proposals, recipes, rl, strategies
-from djax.canvas import Canvas
-from djax.keys import as_key
+from djax.contracts.canvas import Canvas
+from djax.contracts.keys import as_key
 from djax.rl.advantages import group_advantages
 from djax.rl.losses import trace_grpo_loss
-from djax.rl.rollout import EXACT
+from djax.rollouts.rollout import EXACT
 from djax.train.loss import Batch
 from djax.train.step import init_state, make_step
 from tests import toy

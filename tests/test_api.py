@@ -16,8 +16,8 @@ import pytest
 
 import djax
 from djax import recipes
-from djax.canvas import bucket_size
-from djax.transforms import ForbidTokens
+from djax.contracts.canvas import bucket_size
+from djax.parts.transforms import ForbidTokens
 from tests.conftest import EIGHT_DEVICES
 
 PROMPTS = [[98, 107, 10, 66, 130], [124, 103, 77, 122, 91, 149, 55, 129, 35], [72]]
@@ -300,7 +300,7 @@ def test_memory_is_estimated_before_compiling(bundled):
 @pytest.mark.slow
 def test_memory_estimate_against_the_compiler(bundled):
     """The estimate has to be of the compiler's size: a user plans a batch with it."""
-    from djax.calls import CallOptions
+    from djax.engine.options import CallOptions
 
     options = CallOptions(recipe=DUAL, block_length=64, temperature=0.0, top_k=None, top_p=None, min_p=None,
                           guidance=None, mask_id=None, eos_id=None, stop_on_eos=True)

@@ -9,22 +9,28 @@ from pathlib import Path
 
 import pytest
 
+import djax
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("djax", "kernels_pallas", "convert")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
-LAYERS = [
-    {"struct", "errors", "ambient", "interrupts"},
-    {"types", "config", "schedules", "keys"},
-    {"canvas", "cache"},
-    {"transforms", "proposals", "strategies", "cache_policies", "smoothing", "stopping"},
-    {"part_shapes"},
-    {"state"},
-    {"step"},
-    {"denoise"},
+FLOORS = (
+    {"errors"},
+    {"contracts", "tasks", "assets"},
+    {"devices"},
+    {"parts", "models"},
+    {"loop"},
     {"recipes"},
-]
-"""Inside djax imports go downwards only; files of one layer do not import each other (but a family's own)."""
+    {"engine"},
+    {"plan"},
+    {"api"},
+    {"rollouts", "train"},
+    {"rl", "testing"},
+    {"cli"},
+)
+"""The rooms of djax, from the ground up: each imports only from floors below its own."""
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -58,37 +64,56 @@ def test_imports_follow_the_direction(path):
         assert used <= {"__future__", "jax", "jaxtyping", "numpy", "kernels_pallas"} | set(sys.stdlib_module_names)
     elif name.startswith("convert/"):
         inner = {module for module in imports(path) if module.startswith("djax")}
-        allowed = ("djax.config", "djax.models", "djax.sharding", "djax.distributed", "djax.errors",
-                   "djax.__version__")
+        allowed = ("djax.models", "djax.devices", "djax.contracts", "djax.errors", "djax.__version__")
         assert all(module == "djax" or module.startswith(allowed) for module in inner), inner
         assert "kernels_pallas" not in used
     else:
         if "convert" in used:
-            assert name.startswith(("djax/api.py", "djax/cli", "djax/train/bundled/"))
+            assert name.startswith(("djax/api.py", "djax/cli/", "djax/train/bundled/"))
         if "kernels_pallas" in used:
-            assert name.startswith("djax/models/") or name == "djax/proposals.py"
+            assert name.startswith("djax/models/") or name == "djax/parts/proposals.py"
         if "transformers" in used or "tokenizers" in used:
-            assert name in ("djax/text.py", "djax/train/bundled/tokenizer.py")
+            assert name in ("djax/engine/tokenizer.py", "djax/train/bundled/tokenizer.py")
     assert not used & {"torch", "tokamax", "tests", "benchmarks"}
     assert "tunix" not in used or name == "djax/rl/tunix.py"
 
 
-@pytest.mark.parametrize(
-    ("layer", "module"), [(n, module) for n, layer in enumerate(LAYERS) for module in sorted(layer)])
-def test_djax_imports_downwards(layer, module):
-    paths = sorted((ROOT / "djax" / module).rglob("*.py")) or [ROOT / "djax" / f"{module}.py"]
-    above = set().union(*LAYERS[layer:]) - {module}
-    other = {"api", "models", "cli", "text", "generation", "calls", "memory", "prompts", "live",
-             "running", "program"}
-    for path in paths:
-        used = {name.split(".")[1] for name in imports(path) if name.startswith("djax.")}
-        assert not used & (above | other), f"{relative(path)} imports {used & (above | other)}"
+def room(path: Path) -> str:
+    """The folder of djax, or the file that lies in none."""
+    return path.relative_to(ROOT / "djax").parts[0].removesuffix(".py")
+
+
+def rooms_used(path: Path) -> set[str]:
+    """Rooms a file imports; `from djax import x` gives the room that x lives in."""
+    used = set()
+    for name in imports(path):
+        _, _, inner = name.partition("djax.") if name.startswith("djax.") else ("", "", "")
+        first = inner.split(".")[0]
+        if first in djax._HOME:
+            first = djax._HOME[first].split(".")[0]
+        used.add(djax._ROOM.get(first, first))
+    return used - {"", "__version__"}
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in FILES if path.is_relative_to(ROOT / "djax")} - {"__init__"} == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_rooms_import_from_the_floors_below(name):
+    up = {}
+    for path in FILES:
+        if path.is_relative_to(ROOT / "djax") and room(path) == name:
+            wrong = {used for used in rooms_used(path) - {name} if FLOOR.get(used, len(FLOORS)) >= FLOOR[name]}
+            if wrong:
+                up[relative(path)] = wrong
+    assert not up
 
 
 def test_the_loop_knows_no_model_and_no_flax():
-    assert not {name for name in imports(ROOT / "djax" / "denoise.py") if name.split(".")[0] == "flax"}
+    assert not {name for name in imports(ROOT / "djax" / "loop" / "denoise.py") if name.split(".")[0] == "flax"}
     for path in (ROOT / "djax" / "models").rglob("*.py"):
-        assert not {name for name in imports(path) if name.startswith(("djax.denoise", "djax.state"))}
+        assert not {name for name in imports(path) if name.startswith("djax.loop")}
 
 
 def test_importing_djax_is_light():

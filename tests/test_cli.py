@@ -24,17 +24,17 @@ from typer.testing import CliRunner, Result
 import djax
 from djax import api, assets, recipes
 from djax.api import DiffusionLM
-from djax.cache_policies import Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
-from djax.cli import app
-from djax.cli_input import read_template
-from djax.cli_options import RecipeFlags
-from djax.cli_recipe import RECIPES, build_recipe
-from djax.live import printable
-from djax.schedules import Linear
-from djax.smoothing import HardTokens, SoftTokens
-from djax.strategies import Factor, Hierarchical, Quota, RandomOrder, Remasking, Threshold
-from djax.text import render_chat
-from djax.transforms import Credit, Identity
+from djax.cli.app import app
+from djax.cli.flags import RecipeFlags
+from djax.cli.inputs import read_template
+from djax.cli.live import printable
+from djax.cli.recipe import RECIPES, build_recipe
+from djax.engine.tokenizer import render_chat
+from djax.parts.cache_policies import Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
+from djax.parts.schedules import Linear
+from djax.parts.smoothing import HardTokens, SoftTokens
+from djax.parts.strategies import Factor, Hierarchical, Quota, RandomOrder, Remasking, Threshold
+from djax.parts.transforms import Credit, Identity
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--max-new-tokens", "8", "--block-length", "4", "--recipe", "llada", "--dtype", "float32"]
@@ -268,7 +268,7 @@ def test_help(command: tuple[str, ...]) -> None:
 def test_help_and_wrong_flags_import_no_jax() -> None:
     code = """
 import sys
-from djax.cli import app
+from djax.cli.app import app
 for arguments in (["--help"], ["generate", "--help"], ["convert", "--help"], ["generate", "hi", "--top-p", "7"],
                   ["generate", "hi", "--no-such-flag"], ["generate", "hi", "--max-new-tokens", "0"]):
     try:

@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from djax import api, assets
-from djax.cli import app
+from djax.cli.app import app
 from tests.conftest import press_ctrl_c
 
 ROOT = Path(__file__).parent.parent
@@ -33,8 +33,8 @@ LIMIT = 20
 @pytest.fixture
 def interrupted(golden_lm, monkeypatch):
     """Commands run on the tiny model, one step at a time, and Ctrl-C comes after the second."""
-    from djax import interrupts
-    from djax.cli_output import Reached
+    from djax.cli.outputs import Reached
+    from djax.engine import interrupts
 
     monkeypatch.setattr(interrupts, "STRETCH_SECONDS", 0.0)
     golden_lm.program._paces.clear()
@@ -138,13 +138,13 @@ def test_a_terminal_that_is_closed():
 
 
 SLOW_MODEL = textwrap.dedent("""
-    import sys, time, djax.running
-    advance = djax.running.Run.advance
+    import sys, time, djax.engine.running
+    advance = djax.engine.running.Run.advance
     def told(self, **limits):
         got = advance(self, **limits)
         print("stretch", file=sys.stderr, flush=True)
         return got
-    djax.running.Run.advance = told
+    djax.engine.running.Run.advance = told
 """)
 """Says on standard error when a stretch is over: so tests know that something was reached."""
 
@@ -245,7 +245,7 @@ def test_ctrl_c_during_a_training(tmp_path, stubborn):
     """))
     code = "from djax.cli import main\n"
     if stubborn:
-        code = "import djax.cli_interrupt as c\nc.Interruption.interrupt = lambda self, number, frame: None\n" + code
+        code = "import djax.cli.interrupt as c\nc.Interruption.interrupt = lambda self, number, frame: None\n" + code
     child = start("-c", code + "main()", "train", str(tmp_path / "run.toml"), stdout=subprocess.PIPE)
     while not child.stderr.readline().startswith(b"3/100000"):
         assert child.poll() is None

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from djax.cli import app
+from djax.cli.app import app
 from tests.conftest import EIGHT_DEVICES, GOLDENS
 from tests.test_cli import one_line
 from tests.test_distributed import free_port, start
@@ -45,7 +45,7 @@ def same(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
 ON_EIGHT_DEVICES = """
     import json, sys
     from typer.testing import CliRunner
-    from djax.cli import app
+    from djax.cli.app import app
 
     results = []
     for arguments, text in json.loads(sys.argv[1]):

@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from djax import recipes
-from djax.cli import app
-from djax.cli_cache import use_compile_cache
-from djax.cli_options import RecipeFlags
-from djax.cli_output import print_json
-from djax.cli_recipe import RECIPES, build_recipe
-from djax.generation import Generation
+from djax.cli.app import app
+from djax.cli.cache import use_compile_cache
+from djax.cli.flags import RecipeFlags
+from djax.cli.outputs import print_json
+from djax.cli.recipe import RECIPES, build_recipe
+from djax.engine.results import Generation
 from djax.train.config import describe_fields
 
 MODULE = """

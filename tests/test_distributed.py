@@ -20,7 +20,7 @@ import pytest
 
 import convert
 from djax import distributed, recipes
-from djax.sharding import named_leaves
+from djax.devices.sharding import named_leaves
 from tests import distributed_driver as driver
 from tests.conftest import GOLDENS
 from tests.convert import builders

@@ -11,9 +11,9 @@ import pytest
 
 import djax
 from djax import proposals, recipes, rl, stopping, strategies, transforms
-from djax.canvas import Canvas
-from djax.denoise import denoise
+from djax.contracts.canvas import Canvas
 from djax.errors import ArgumentError
+from djax.loop.denoise import denoise
 from tests import oracle, toy
 
 TEMPERATURE = 0.8

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from djax import recipes
-from djax.topology import missing_compiler
+from djax.plan.topology import missing_compiler
 from tests.gpu_program import FULL_SIZE, Program, Thunk, generation, parse_thunks
 
 reason = missing_compiler("h200:1")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from djax import hlo
+from djax.plan import hlo
 
 ROOT = Path(__file__).parents[1]
 MODULE = """HloModule jit_f, is_scheduled=true, num_partitions=8

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from djax import api, cache_policies, cli_train, proposals, recipes, rl, schedules, stopping, strategies, transforms
+from djax import api, cache_policies, proposals, recipes, rl, schedules, stopping, strategies, transforms
 from djax.api import _dtype_name
-from djax.calls import CallOptions, resolve_ids
-from djax.cli import app
-from djax.cli_options import RecipeFlags
-from djax.cli_recipe import RECIPES, build_recipe
+from djax.cli import train as cli_train
+from djax.cli.app import app
+from djax.cli.flags import RecipeFlags
+from djax.cli.recipe import RECIPES, build_recipe
+from djax.engine.options import CallOptions, resolve_ids
 from djax.errors import ArgumentError
 
 CALL = {"max_new_tokens": 8, "block_length": 8, "mask_id": 150}

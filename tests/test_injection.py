@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from djax import assets
+from djax.engine.prompts import encode_prompts
+from djax.engine.tokenizer import Tokenizer
 from djax.errors import ArgumentError
-from djax.prompts import encode_prompts
-from djax.text import Tokenizer
 from djax.train.data import encode_pair
 
 CONTROLS = ["<role>", "</role>", "<|role_end|>", "<|mask|>", "<|endoftext|>", "[CLS]", "<think>"]
@@ -76,7 +76,7 @@ def test_a_template_that_changes_messages_refuses_them(tokenizer: Tokenizer) -> 
 
 def test_every_way_in(tokenizer: Tokenizer) -> None:
     """Texts, conversations, training pairs, templates to fill in."""
-    from djax.cli_input import read_template
+    from djax.cli.inputs import read_template
 
     options = {"tokenizer": tokenizer, "vocab_size": 1000}
     for prompt in (ATTACK, [{"role": "user", "content": ATTACK}]):

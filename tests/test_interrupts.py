@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import djax
-from djax import interrupts, recipes, rl
+from djax import recipes, rl
+from djax.cli.live import LiveCanvas
+from djax.engine import interrupts
+from djax.engine.interrupts import Hold, Pace
+from djax.engine.results import StreamStep, draft_texts, tokens_per_forward
 from djax.errors import ArgumentError
-from djax.generation import StreamStep, draft_texts, tokens_per_forward
-from djax.interrupts import Hold, Pace
-from djax.live import LiveCanvas
 from tests.conftest import press_ctrl_c
 
 PROMPTS = [[98, 107, 10, 66, 130], [124, 103, 77, 122, 91, 149, 55, 129, 35], [72]]
@@ -191,7 +192,7 @@ def test_weights_that_are_gone_are_named(golden_lm):
     assert lm.compile_count == 0
     lm.update_params(golden_lm.params)
     interrupts.check()
-    from djax.weights import check_alive
+    from djax.engine.weights import check_alive
 
     assert check_alive(lm.params) is lm.params
 

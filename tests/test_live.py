@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.text import Text
 
 from djax import assets
-from djax.generation import StreamStep
-from djax.live import MASKED, NEW, LiveCanvas, printable
-from djax.text import Tokenizer
+from djax.cli.live import MASKED, NEW, LiveCanvas, printable
+from djax.engine.results import StreamStep
+from djax.engine.tokenizer import Tokenizer
 
 MASK, EOS = 472, 469
 

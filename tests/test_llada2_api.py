@@ -7,7 +7,7 @@ import pytest
 
 import djax
 from djax import recipes
-from djax.cache_policies import Dual
+from djax.parts.cache_policies import Dual
 from tests.models.golden_llada2 import GOLDENS
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11] * 20]

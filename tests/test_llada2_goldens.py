@@ -13,13 +13,13 @@ import pytest
 from flax import nnx
 
 from djax import recipes
-from djax.cache_policies import BlockCausal, Dual, NoCache, Periodic, WithWarmup
-from djax.canvas import Canvas
-from djax.denoise import Result, denoise
+from djax.contracts.canvas import Canvas
+from djax.loop.denoise import Result, denoise
 from djax.models import ModelDenoiser, build
-from djax.proposals import Greedy, RefuseToken, Sample
-from djax.stopping import OnEos
-from djax.strategies import Threshold
+from djax.parts.cache_policies import BlockCausal, Dual, NoCache, Periodic, WithWarmup
+from djax.parts.proposals import Greedy, RefuseToken, Sample
+from djax.parts.stopping import OnEos
+from djax.parts.strategies import Threshold
 from tests.models import golden, golden_llada2
 from tests.replay_goldens import Case, main, read_cases, recipe_of
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from djax import cache_policies, proposals, smoothing, stopping, strategies, transforms
-from djax.canvas import Canvas
-from djax.denoise import Result, denoise
-from djax.schedules import Linear
+from djax.contracts.canvas import Canvas
+from djax.loop.denoise import Result, denoise
+from djax.parts.schedules import Linear
 from tests import oracle, toy
 from tests.select import SelectPropose, SelectStrategy, SelectTransform
 

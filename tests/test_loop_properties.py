@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from djax import cache_policies, proposals, smoothing, stopping, strategies, transforms
-from djax.canvas import Canvas
-from djax.denoise import Parts, Result, StopReason, advance, begin, denoise, finish
-from djax.schedules import Linear
+from djax.contracts.canvas import Canvas
+from djax.loop.denoise import Parts, Result, StopReason, advance, begin, denoise, finish
+from djax.parts.schedules import Linear
 from tests import oracle, toy
 from tests.select import SelectStrategy
 
@@ -552,6 +552,6 @@ def test_head_in_chunks_is_the_head(chunk: int, monkeypatch: pytest.MonkeyPatch)
     parts, words = SETTINGS["everything"]
     seed, canvas, rows = reliable_seed(lambda seed: canvas_of(prompts_of([3, 5], seed)), words)
     # The package's attribute of that name is the function.
-    monkeypatch.setattr(importlib.import_module("djax.step"), "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(importlib.import_module("djax.loop.step"), "HEAD_CHUNK", chunk)
     fresh = jax.jit(lambda *given: denoise(toy.ToyDenoiser(), PARAMS, *given, **parts))
     assert_as_oracle(fresh(canvas, jax.random.key(seed)), rows, f"chunk {chunk}, seed {seed}")

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import djax
+from djax.devices.sharding import DEFAULT_RULES, PRESETS, make_mesh, parse_mesh, preset_sizes, rules_for
 from djax.models import init_params, parallel_on
-from djax.sharding import DEFAULT_RULES, PRESETS, make_mesh, parse_mesh, preset_sizes, rules_for
 from tests.conftest import EIGHT_DEVICES
 from tests.mesh_driver import CONFIG
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import djax
-from djax import proposals, recipes, rl, stopping, strategies, struct
+from djax import proposals, recipes, rl, stopping, strategies
+from djax.contracts import struct
 from djax.errors import ArgumentError
 
 MASK = 150
@@ -39,7 +40,7 @@ class AlwaysFive:
     """Proposes token 5 everywhere, surely."""
 
     def step(self, keys: Any, logits: Any, tokens: Any) -> Any:
-        from djax.types import Candidates
+        from djax.contracts.types import Candidates
 
         sure = jnp.ones(tokens.shape, jnp.float32)
         return Candidates(token=jnp.full(tokens.shape, 5, jnp.int32), confidence=sure, log_prob=sure * 0, current=sure)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from djax import cache_policies, proposals, smoothing, stopping, strategies, transforms
-from djax.schedules import Constant, Cosine, Linear
-from djax.types import Candidates, Decision, StepInfo
+from djax.contracts.types import Candidates, Decision, StepInfo
+from djax.parts.schedules import Constant, Cosine, Linear
 
 BATCH, LENGTH, VOCAB = 3, 8, 12
 CANVAS = 40

@@ -10,17 +10,18 @@ import jax
 import pytest
 from typer.testing import CliRunner
 
-from djax import hlo, recipes, roofline
-from djax.cli import app
-from djax.config import ModelConfig
+from djax import recipes
+from djax.cli.app import app
 from djax.errors import ArgumentError
-from djax.machines import MACHINES
 from djax.models import abstract_params
-from djax.plan import Plan, compile_program, plan
-from djax.plan_request import DoesNotFit, Request, count_steps
-from djax.published import PUBLISHED
-from djax.roofline import Split
-from djax.topology import device_count, devices, larger_than, missing_compiler
+from djax.models.config import ModelConfig
+from djax.models.published import PUBLISHED
+from djax.plan import hlo, roofline
+from djax.plan.machines import MACHINES
+from djax.plan.planner import Plan, compile_program, plan
+from djax.plan.request import DoesNotFit, Request, count_steps
+from djax.plan.roofline import Split
+from djax.plan.topology import device_count, devices, larger_than, missing_compiler
 
 LLADA_MOE = PUBLISHED["llada-moe"]
 HARD = recipes.dinfer(smoothing=None)
@@ -226,7 +227,7 @@ def test_what_only_the_compiler_refuses_is_said_too(monkeypatch: pytest.MonkeyPa
     def refuse(request: Request, sizes: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, 17.00G exceeds (15.75G).\nmore")
 
-    monkeypatch.setattr("djax.plan.compile_program", refuse)
+    monkeypatch.setattr("djax.plan.planner.compile_program", refuse)
     with pytest.raises(DoesNotFit, match=r"the compiler refuses \(RESOURCE_EXHAUSTED.*17.00G.*--topology v5e:2x4"):
         plan(shallow(LLADA_MOE, 2), topology="v5e:2x4", mesh="tp")
 

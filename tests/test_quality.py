@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import quality, quality_report
 from benchmarks.quality import Case, Log, Outcome, batches, summarize
-from djax.train import tasks
+from djax import tasks
 
 REFERENCE = Case("base", "reference", False)
 FAST = Case("compressed", "dinfer", True)

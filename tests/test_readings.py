@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djax import proposals, smoothing, strategies, struct, transforms
-from djax.canvas import Canvas
-from djax.denoise import denoise
+from djax import proposals, smoothing, strategies, transforms
+from djax.contracts import struct
+from djax.contracts.canvas import Canvas
+from djax.contracts.types import Candidates, HeadQuery
+from djax.loop.denoise import denoise
 from djax.models.head import read_head
-from djax.types import Candidates, HeadQuery
 from tests import toy
 
 BATCH, LENGTH, VOCAB = 3, 5, 13

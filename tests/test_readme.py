@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from djax.cli import app
+from djax.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "djax/README.md", "djax/DEVICES.md", "djax/train/README.md", "djax/rl/README.md",

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from djax import cache_policies, proposals, strategies, transforms
-from djax.canvas import Canvas
-from djax.denoise import denoise
-from djax.types import Candidates
+from djax.contracts.canvas import Canvas
+from djax.contracts.types import Candidates
+from djax.loop.denoise import denoise
 from tests import oracle, toy
 
 ROWS, COLUMNS, VOCAB = 100, 1000, 12

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import scaling, scaling_report
-from djax.plan_request import Request
-from djax.published import PUBLISHED
+from djax.models.published import PUBLISHED
+from djax.plan.request import Request
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from djax.config import LladaMoeConfig
+from djax.devices.sharding import DEFAULT_RULES, leaf_name, named_leaves, partition_spec, shardings
 from djax.models import abstract_params, logical_axes
-from djax.sharding import DEFAULT_RULES, leaf_name, named_leaves, partition_spec, shardings
+from djax.models.config import LladaMoeConfig
 
 CONFIG = LladaMoeConfig(
     vocab_size=24, hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, num_experts=4,

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import djax
-from djax import cache_policies, proposals, smoothing, stopping, strategies, struct, transforms
+from djax import cache_policies, proposals, smoothing, stopping, strategies, transforms
+from djax.contracts import struct
+from djax.contracts.types import Decision
 from djax.errors import ArgumentError
 from djax.testing import check_part
-from djax.types import Decision
 
 RIGHT = [
     strategies.Remasking(strategies.Hierarchical(0.8, 0.4), 0.5), transforms.Credit(), transforms.TopP(0.7),

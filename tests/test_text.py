@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from djax import assets
-from djax.text import Tokenizer, check_messages, has_tokenizer, render_chat
+from djax.engine.tokenizer import Tokenizer, check_messages, has_tokenizer, render_chat
 
 USER = {"role": "user", "content": "hi"}
 
@@ -167,7 +167,7 @@ def test_the_code_of_a_checkpoint_never_runs(checkpoint: Path, tmp_path: Path) -
     config["auto_map"] = {"AutoConfig": "tokenization_evil.EvilConfig",
                           "AutoTokenizer": "tokenization_evil.EvilTokenizer"}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    code = (f"import sys; from djax.text import Tokenizer; t = Tokenizer.load({str(checkpoint)!r})\n"
+    code = (f"import sys; from djax.engine.tokenizer import Tokenizer; t = Tokenizer.load({str(checkpoint)!r})\n"
             "assert t.decode(t.encode('still works')) == 'still works'\n"
             "assert not [m for m in sys.modules if 'evil' in m]")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
@@ -177,8 +177,8 @@ def test_the_code_of_a_checkpoint_never_runs(checkpoint: Path, tmp_path: Path) -
 
 
 def test_import_is_lazy_and_quiet() -> None:
-    code = ("import sys, djax.text, djax.assets\nassert 'transformers' not in sys.modules\n"
-            "djax.text.Tokenizer.load(djax.assets.path())\nassert 'torch' not in sys.modules")
+    code = ("import sys, djax.engine.tokenizer, djax.assets\nassert 'transformers' not in sys.modules\n"
+            "djax.engine.tokenizer.Tokenizer.load(djax.assets.path())\nassert 'torch' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                           cwd=Path(__file__).parent.parent)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -7,8 +7,8 @@ import pytest
 
 import djax
 from djax import recipes, rl
-from djax.calls import CallOptions, make_parts
-from djax.canvas import Canvas
+from djax.contracts.canvas import Canvas
+from djax.engine.options import CallOptions, make_parts
 from tests.models import golden_llada2
 
 MASK, EOS, BLOCK = 155, 152, golden_llada2.CONFIG.block_length

@@ -1,6 +1,6 @@
 """A denoiser that compiles in a moment and is real enough to go wrong: attention, a KV cache, positions.
 
-`ToyDenoiser` implements `djax.types.Denoiser` in JAX. `NumpyToy` is the same function in float64 NumPy for
+`ToyDenoiser` implements `djax.contracts.types.Denoiser` in JAX. `NumpyToy` is the same function in float64 NumPy for
 one row without padding, written apart, for the oracle.
 """
 
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax import struct
-from djax.cache import KVCache
+from djax.contracts import struct
+from djax.contracts.cache import KVCache
+from djax.contracts.types import HeadQuery, Reading
 from djax.models.head import read_head
-from djax.types import HeadQuery, Reading
 
 VOCAB = 24
 WIDTH = 16

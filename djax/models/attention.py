@@ -7,10 +7,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from djax.cache import LayerCache
-from djax.config import ModelConfig
+from djax.contracts.cache import LayerCache
+from djax.devices.parallel import WHOLE, Parallel
+from djax.models.config import ModelConfig
 from djax.models.layers import Rotation, from_heads, rms_norm, rotate, to_heads
-from djax.models.parallel import WHOLE, Parallel
 from djax.models.parameters import normal, ones
 from kernels_pallas import attention
 

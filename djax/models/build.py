@@ -9,12 +9,12 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from djax.ambient import without_mesh
-from djax.config import Llada2MoeConfig, LladaMoeConfig, ModelConfig
+from djax.contracts.ambient import without_mesh
+from djax.devices.parallel import WHOLE, Parallel
+from djax.models.config import Llada2MoeConfig, LladaMoeConfig, ModelConfig
 from djax.models.kernels import Kernels
 from djax.models.llada2_moe import Llada2Moe
 from djax.models.llada_moe import LladaMoe
-from djax.models.parallel import WHOLE, Parallel
 
 Model = LladaMoe | Llada2Moe
 """Union of the architectures."""

@@ -9,13 +9,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from djax import struct
-from djax.types import Cache, Denoiser, HeadQuery, Hidden, Logits, Params, Positions, Reading
+from djax.contracts import struct
+from djax.contracts.types import Cache, Denoiser, HeadQuery, Hidden, Logits, Params, Positions, Reading
 
 
 @struct.dataclass
 class ModelDenoiser:
-    """A model as a `djax.types.Denoiser`. `params` may be the model's `nnx.State` or its pure dict."""
+    """A model as a `djax.contracts.types.Denoiser`. `params` may be the model's `nnx.State` or its pure dict."""
 
     graphdef: Any = struct.field(pytree_node=False)
     """The model without its parameters, as `nnx.split` or `djax.models.build` gives it."""
@@ -48,7 +48,7 @@ class ModelDenoiser:
         write: Bool[Array, "B W"],
         cache: Cache | None,
     ) -> tuple[Hidden, Cache | None]:
-        """Hidden states of a window; see `djax.types.Denoiser.apply`.
+        """Hidden states of a window; see `djax.contracts.types.Denoiser.apply`.
 
         They end before the last layer's experts: the loop reads one block of the window, and `unembed` runs
         the rest of the network there only.
@@ -74,7 +74,7 @@ class ModelDenoiser:
     def read(
         self, params: Params, hidden: Hidden, query: HeadQuery, *, expected: bool
     ) -> tuple[Reading, Float[Array, "B L D"] | None]:
-        """What a query asks of the logits; see `djax.types.ReadingDenoiser.read`."""
+        """What a query asks of the logits; see `djax.contracts.types.ReadingDenoiser.read`."""
         model = self._model(params)
         return model.read(model.finish(hidden), query, expected=expected)
 
@@ -125,7 +125,7 @@ class Guided:
         write: Bool[Array, "B W"],
         cache: Cache | None,
     ) -> tuple[Hidden, Cache | None]:
-        """Both forwards of a window; see `djax.types.Denoiser.apply`."""
+        """Both forwards of a window; see `djax.contracts.types.Denoiser.apply`."""
         masked = lax.dynamic_slice_in_dim(self.unconditional, window_start, inputs.shape[1], axis=1)
         mask_embedding = self.denoiser.embed(params, jnp.full((1, 1), self.mask_id, jnp.int32))
         blinded = jnp.where(masked[..., None], mask_embedding.astype(inputs.dtype), inputs)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from djax.models.parallel import WHOLE, Parallel
-from djax.types import HeadQuery, Reading
+from djax.contracts.types import HeadQuery, Reading
+from djax.devices.parallel import WHOLE, Parallel
 from kernels_pallas import combine_readouts, gumbel_noise, unembed
 
 

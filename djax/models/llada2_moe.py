@@ -14,12 +14,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from djax.config import Llada2MoeConfig
+from djax.devices.parallel import WHOLE, Parallel
 from djax.models import transformer
+from djax.models.config import Llada2MoeConfig
 from djax.models.kernels import Kernels
 from djax.models.layers import contract, rms_norm
 from djax.models.moe import router_logits
-from djax.models.parallel import WHOLE, Parallel
 from djax.models.parameters import normal, ones, zeros
 from djax.models.transformer import Transformer
 from kernels_pallas import moe

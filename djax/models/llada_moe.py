@@ -10,12 +10,12 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from djax.config import LladaMoeConfig
+from djax.devices.parallel import WHOLE, Parallel
 from djax.models import transformer
+from djax.models.config import LladaMoeConfig
 from djax.models.kernels import Kernels
 from djax.models.layers import rms_norm
 from djax.models.moe import MixtureOfExperts
-from djax.models.parallel import WHOLE, Parallel
 from djax.models.parameters import ones
 from djax.models.transformer import Transformer
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from djax.contracts.types import FORBID_NOTHING, Forbidden
 from djax.models.layers import contract
-from djax.types import FORBID_NOTHING, Forbidden
 
 
 def _chunk(

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from djax.config import LladaMoeConfig
+from djax.devices.parallel import WHOLE, Parallel
+from djax.models.config import LladaMoeConfig
 from djax.models.layers import contract
-from djax.models.parallel import WHOLE, Parallel
 from djax.models.parameters import normal
 from kernels_pallas import moe, top_k_route
 

@@ -12,16 +12,16 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from djax.cache import KVCache
-from djax.config import ModelConfig
+from djax.contracts.cache import KVCache
+from djax.contracts.types import HeadQuery, Reading
+from djax.devices.parallel import Parallel
 from djax.models.attention import Attention
+from djax.models.config import ModelConfig
 from djax.models.head import read_head
 from djax.models.kernels import Kernels
 from djax.models.layers import Rotation, contract, rms_norm, rotary_angles
 from djax.models.log_probs import token_log_probs
-from djax.models.parallel import Parallel
 from djax.models.parameters import normal, ones
-from djax.types import HeadQuery, Reading
 
 
 class Layer(nnx.Module):

@@ -6,12 +6,12 @@
     lm.update_params(params)
 """
 
-from djax.rl.likelihood import log_likelihood
-from djax.rl.masked_states import Scheme, masked_states, trace_states
-from djax.rl.rollout import as_rollout, record, rollout, rollout_infill
-from djax.rl.score import score
-from djax.rl.types import MaskedStates, Rollout
-from djax.weights import accept
+from djax.engine.weights import accept
+from djax.rollouts.likelihood import log_likelihood
+from djax.rollouts.masked_states import Scheme, masked_states, trace_states
+from djax.rollouts.rollout import as_rollout, record, rollout, rollout_infill
+from djax.rollouts.score import score
+from djax.rollouts.types import MaskedStates, Rollout
 
 __all__ = [
     "MaskedStates", "Rollout", "Scheme", "accept", "as_rollout", "log_likelihood", "masked_states", "record", "rollout",

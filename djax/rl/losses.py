@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from djax import struct
+from djax.contracts import struct
 
 LARGEST_LOG_RATIO = 20.0
 """Ratios go on linearly above exp of this: float32 overflows at 88, and squares of ratios at 44."""

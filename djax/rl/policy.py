@@ -15,11 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from djax import struct
+from djax.contracts import struct
+from djax.devices.sharding import Rules, shardings
 from djax.models import Kernels, abstract_params, build, kernels_on, logical_axes
-from djax.rl.types import MaskedStates, Rollout
-from djax.sharding import Rules, shardings
-from djax.transforms import ForbidTokens
+from djax.parts.transforms import ForbidTokens
+from djax.rollouts.types import MaskedStates, Rollout
 
 if TYPE_CHECKING:
     from djax.api import DiffusionLM

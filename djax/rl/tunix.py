@@ -32,18 +32,18 @@ from tunix.rl import utils as tunix_utils
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
 
-from djax.keys import as_key
+from djax.contracts.keys import as_key
+from djax.contracts.types import Forbidden, Params
+from djax.engine.tokenizer import Tokenizer
 from djax.models import build
 from djax.recipes import Recipe
 from djax.rl.advantages import group_advantages
 from djax.rl.losses import trace_grpo_loss
-from djax.rl.masked_states import trace_states
 from djax.rl.policy import PAD_ID, DiffusionPolicy, as_policy
-from djax.rl.rollout import rollout
-from djax.rl.score import score
-from djax.rl.types import PER_ROW, MaskedStates, Rollout
-from djax.text import Tokenizer
-from djax.types import Forbidden, Params
+from djax.rollouts.masked_states import trace_states
+from djax.rollouts.rollout import rollout
+from djax.rollouts.score import score
+from djax.rollouts.types import PER_ROW, MaskedStates, Rollout
 
 if TYPE_CHECKING:
     from djax.api import DiffusionLM

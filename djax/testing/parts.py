@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from djax.contracts.part_shapes import AXES, PROTOCOLS, check_shapes
+from djax.contracts.struct import same_arrays, same_structure
+from djax.contracts.types import Candidates, StepInfo
 from djax.errors import ArgumentError
-from djax.part_shapes import AXES, PROTOCOLS, check_shapes
-from djax.struct import same_arrays, same_structure
-from djax.types import Candidates, StepInfo
 
 _BATCH, _LENGTH, _VOCAB, _CANVAS, _WIDTH = 3, 8, 12, 40, 5
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -59,12 +59,12 @@ def axis_of(part: Any) -> str:
         if hasattr(part, method):
             return axis
     raise ArgumentError("part", f"a {type(part).__name__}", allowed="an instance of a part",
-                        advice=f"see the protocols in djax.types: {', '.join(PROTOCOLS.values())}")
+                        advice=f"see the protocols in djax.contracts.types: {', '.join(PROTOCOLS.values())}")
 
 
 def _fail(axis: str, part: Any, what: str, advice: str) -> None:
-    raise ArgumentError(axis, f"{type(part).__name__}, {what}", allowed=f"what djax.types.{PROTOCOLS[axis]} says",
-                        advice=advice)
+    raise ArgumentError(axis, f"{type(part).__name__}, {what}",
+                        allowed=f"what djax.contracts.types.{PROTOCOLS[axis]} says", advice=advice)
 
 
 def _check_pytree(axis: str, part: Any) -> None:

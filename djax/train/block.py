@@ -16,10 +16,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from djax import struct
+from djax.contracts import struct
+from djax.contracts.types import Params
 from djax.train.data import BUCKET
 from djax.train.loss import SMALLEST_NOISE, Batch, Losses, LossWeights, router_losses, spread_evenly
-from djax.types import Params
 
 LONGEST_BLOCK = 32
 """Bound on the mean length of a row's blocks, which is drawn from 1 to it, its logarithm uniform."""

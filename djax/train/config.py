@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import optax
 
-from djax.config import DTYPES
 from djax.errors import ArgumentError, check_choice, check_integer, check_number, shown
+from djax.models.config import DTYPES
 
 OPTIMIZERS = ("adamw", "adam", "lion", "sgd", "adafactor", "muon")
 OBJECTIVES = ("masked", "block")
@@ -55,7 +55,7 @@ class DataSection:
     path: str | None = None
     """{"prompt", "answer"} or {"messages"} a line; relative to the configuration file."""
     tasks: tuple[str, ...] = ()
-    """Names in `djax.train.tasks.TASKS`, never-ending examples."""
+    """Names in `djax.tasks.TASKS`, never-ending examples."""
     row_length: int = 512
     """Tokens of a row at most: prompt, answer, EOS."""
     longest_tail: int = 64

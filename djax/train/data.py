@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from djax import tasks
+from djax.engine.tokenizer import Tokenizer, check_messages
 from djax.errors import ArgumentError, check_integer, check_number, shown
-from djax.text import Tokenizer, check_messages
-from djax.train import tasks
 from djax.train.loss import Batch
 
 BUCKET = 32
@@ -69,7 +69,7 @@ def _order(count: int, seed: int, number: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TaskSource:
-    """Training examples of `djax.train.tasks` that are never repeated, the named tasks in turn."""
+    """Training examples of `djax.tasks` that are never repeated, the named tasks in turn."""
 
     names: tuple[str, ...]
     tokenizer: Tokenizer

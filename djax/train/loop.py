@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from djax.ambient import without_mesh
+from djax.contracts.ambient import without_mesh
+from djax.contracts.keys import as_key
+from djax.contracts.types import Params
 from djax.errors import ArgumentError, check_integer, shown
-from djax.keys import as_key
 from djax.train.checkpoints import Checkpoints
 from djax.train.loss import Batch
 from djax.train.step import Report, Step, TrainState
-from djax.types import Params
 
 METRICS_NAME = "metrics.jsonl"
 CHECKPOINTS_NAME = "checkpoints"

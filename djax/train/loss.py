@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from djax import struct
+from djax.contracts import struct
+from djax.contracts.types import Params
 from djax.models.moe import route
-from djax.types import Params
 
 SMALLEST_NOISE = 1e-3
 """Noise levels are drawn from [it, 1]: below, a weight of 1/t is all variance and hardly any signal."""

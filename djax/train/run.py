@@ -13,19 +13,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from djax.config import ModelConfig
+from djax.contracts.keys import as_key
+from djax.contracts.types import Params
+from djax.devices.sharding import shardings
+from djax.engine.tokenizer import Tokenizer
 from djax.errors import ArgumentError
-from djax.keys import as_key
 from djax.models import build, logical_axes
-from djax.sharding import shardings
-from djax.text import Tokenizer
+from djax.models.config import ModelConfig
 from djax.train.block import block_diffusion_loss, with_places
 from djax.train.config import TrainConfig, make_optimizer
 from djax.train.data import FixedSource, Source, TaskSource, batcher, read_jsonl
 from djax.train.loop import Metrics, Schedule, fit
 from djax.train.loss import Batch, LossWeights, masked_diffusion_loss
 from djax.train.step import Objective, init_state, make_step
-from djax.types import Params
 
 
 def train(

@@ -14,12 +14,12 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from djax import struct
-from djax.ambient import without_mesh
+from djax.contracts import struct
+from djax.contracts.ambient import without_mesh
+from djax.contracts.keys import as_key
+from djax.contracts.types import Params
 from djax.errors import ArgumentError
-from djax.keys import as_key
 from djax.train.loss import Batch, Losses, LossWeights, masked_diffusion_loss
-from djax.types import Params
 
 
 @struct.dataclass

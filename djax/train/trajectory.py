@@ -18,10 +18,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from djax import struct
-from djax.generation import Generation
+from djax.contracts import struct
+from djax.contracts.types import Params
+from djax.engine.results import Generation
 from djax.train.loss import Batch, Losses, LossWeights, losses_at
-from djax.types import Params
 
 NEVER = -1
 """`commit_step` of what no step has decoded: the prompt, and what a row that stopped early left masked."""

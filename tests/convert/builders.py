@@ -125,7 +125,7 @@ def entry(dtype: Any, shape: Any, begin: Any, end: Any) -> dict[str, Any]:
 
 def tree_equal(params: Any, expected: Mapping[str, np.ndarray], names: Iterable[str] | None = None) -> None:
     """Parameters (a state or a dict by name) equal the arrays, bit for bit."""
-    from djax.sharding import named_leaves
+    from djax.devices.sharding import named_leaves
 
     leaves = named_leaves(params)
     assert set(leaves) == set(expected)

@@ -16,8 +16,8 @@ import pytest
 import convert
 from convert.checkpoint import read_manifest
 from convert.errors import CheckpointError, DestinationError, OutOfSpaceError, SourceError, TensorShapeError
+from djax.devices.sharding import named_leaves
 from djax.models import init_params
-from djax.sharding import named_leaves
 from tests.convert import builders
 from tests.convert.builders import tree_equal, write
 

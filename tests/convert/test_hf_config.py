@@ -13,7 +13,7 @@ import djax
 from convert import convert, load_params
 from convert.errors import CheckpointError, ConfigError, SourceError
 from convert.hf_config import hf_fields, model_config, read_config
-from djax.config import LLADA_MOE_MASK_ID, LladaMoeConfig
+from djax.models.config import LLADA_MOE_MASK_ID, LladaMoeConfig
 from tests.convert.builders import CONFIG, tensors, write
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -25,8 +25,8 @@ from convert.errors import (
 from convert.hf_config import hf_fields, model_config
 from convert.llada2_moe import TABLE
 from convert.mapping import Rule, Table, plan
-from djax.config import LLADA2_MOE_MASK_ID, Llada2MoeConfig
-from djax.sharding import named_leaves
+from djax.devices.sharding import named_leaves
+from djax.models.config import LLADA2_MOE_MASK_ID, Llada2MoeConfig
 from tests.convert.builders import tree_equal
 from tests.convert.test_mapping import Tensor
 from tests.models import golden_llada2 as golden

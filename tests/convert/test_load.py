@@ -28,8 +28,8 @@ from convert.errors import (
     TensorShapeError,
     UnexpectedKeyError,
 )
+from djax.devices.sharding import named_leaves
 from djax.models import build
-from djax.sharding import named_leaves
 from tests.convert import builders
 from tests.convert.builders import tree_equal, write
 from tests.models import golden

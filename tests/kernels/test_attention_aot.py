@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from djax.cache import LayerCache
+from djax.contracts.cache import LayerCache
 from djax.models.attention import Attention
 from djax.models.layers import rms_norm
-from djax.topology import compile_for, devices, missing_compiler
+from djax.plan.topology import compile_for, devices, missing_compiler
 from kernels_pallas import attention, attention_choice
 from kernels_pallas.attention.support import unsupported_by_cudnn
 from tests.gpu_program import FULL_SIZE

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from djax import topology
+from djax.plan import topology
 from kernels_pallas import QuantizedExperts, moe, moe_choice, moe_quantized, top_k_route
 
 EXPERTS, WIDTH, MODEL, SLOTS = 64, 1024, 2048, 8
@@ -93,7 +93,7 @@ def test_a_refresh_compiles_within_bounds(dtype: str) -> None:
 
 
 _RESOURCES = """
-from djax import topology
+from djax.plan import topology
 from tests.kernels.test_moe_aot import block, operands
 for dtype in ("bfloat16", "int8", "float8_e4m3fn"):
     topology.compile_for(topology.devices("h200:1")[0], block, operands({rows}, dtype))

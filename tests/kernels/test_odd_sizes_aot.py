@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from djax.topology import compile_for, devices, missing_compiler
+from djax.plan.topology import compile_for, devices, missing_compiler
 from kernels_pallas import attention, attention_choice, moe, unembed, unembed_choice
 
 Shape = jax.ShapeDtypeStruct

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from djax import topology
+from djax.plan import topology
 from kernels_pallas import unembed
 from kernels_pallas.unembed import pallas_mosaic_gpu
 from kernels_pallas.unembed.pallas_mosaic_gpu import make_plan, unembed_mosaic_gpu

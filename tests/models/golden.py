@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from djax.config import LladaMoeConfig
+from djax.models.config import LladaMoeConfig
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "llada_moe"
 

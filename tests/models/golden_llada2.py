@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from djax.config import Llada2MoeConfig
+from djax.models.config import Llada2MoeConfig
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "llada2"
 

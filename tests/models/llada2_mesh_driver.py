@@ -15,8 +15,8 @@ import numpy as np
 import convert
 import djax
 from djax import recipes
-from djax.hlo import Loop, generation_steps, read_module
-from djax.sharding import make_mesh, named_leaves, preset_sizes
+from djax.devices.sharding import make_mesh, named_leaves, preset_sizes
+from djax.plan.hlo import Loop, generation_steps, read_module
 from tests.mesh_driver import same
 from tests.models import golden_llada2 as golden
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from djax.config import Llada2MoeConfig
 from djax.models import Kernels, Llada2Moe, ModelDenoiser, abstract_params, build, init_params, logical_axes
+from djax.models.config import Llada2MoeConfig
 from djax.models.llada2_moe import route_in_groups
 
 from . import golden_llada2 as golden

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from djax.config import Llada2MoeConfig
 from djax.models import Llada2Moe, build
+from djax.models.config import Llada2MoeConfig
 
 from . import golden_llada2 as golden
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from djax.cache import KVCache
-from djax.config import LladaMoeConfig
+from djax.contracts.cache import KVCache
 from djax.models import Kernels, ModelDenoiser, abstract_params, build, init_params, kernels_on, logical_axes
+from djax.models.config import LladaMoeConfig
 
 from . import golden
 

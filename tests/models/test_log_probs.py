@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from djax.contracts.types import Forbidden
 from djax.models.log_probs import token_log_probs
-from djax.types import Forbidden
 
 SEED = 5
 VOCAB = 37

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from djax.config import LladaMoeConfig
 from djax.models import LladaMoe, build
+from djax.models.config import LladaMoeConfig
 from djax.models.layers import rotary_angles
 
 from . import golden

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djax import types
+from djax.contracts import types
 from djax.rl import Rollout
 from djax.rl.advantages import group_advantages
 from djax.rl.losses import (

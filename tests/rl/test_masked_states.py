@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from djax import rl
-from djax.types import Forbidden
+from djax.contracts.types import Forbidden
 from tests import toy
 
 PROMPT, COMPLETION = [3, 1, 4], [5, 9, 2, 6, 11, 7]

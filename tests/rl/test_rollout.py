@@ -12,10 +12,10 @@ import pytest
 
 import djax
 from djax import cache_policies, proposals, recipes, rl, smoothing, stopping, strategies, transforms
-from djax.canvas import Canvas
-from djax.denoise import denoise
-from djax.part_shapes import AXES
-from djax.state import Parts, StopReason
+from djax.contracts.canvas import Canvas
+from djax.contracts.part_shapes import AXES
+from djax.loop.denoise import denoise
+from djax.loop.state import Parts, StopReason
 from tests import toy
 from tests.models.golden_llada2 import GOLDENS
 from tests.rl.tiny import EOS, MASK
@@ -142,8 +142,8 @@ NOT_EXACT = {
 @pytest.mark.parametrize("name", NOT_EXACT)
 def test_what_cannot_be_replayed_says_why(name: str) -> None:
     """Asked of the record alone: nothing is decoded."""
-    from djax.calls import CallOptions, make_parts
-    from djax.rl.rollout import record
+    from djax.engine.options import CallOptions, make_parts
+    from djax.rollouts.rollout import record
 
     recipe, options, reason = NOT_EXACT[name]
     every = {"top_k": None, "top_p": None, "min_p": None, "guidance": None} | options
@@ -322,7 +322,7 @@ def test_wrong_traces_and_pins_are_named(tiny_lm, warm) -> None:
 
 def test_unused_parts_are_exact() -> None:
     """A warm-up of no cache, and a mask id that is refused, are exact; a periodic refresh is not."""
-    from djax.rl.rollout import _obstacles
+    from djax.rollouts.rollout import _obstacles
 
     exact = Parts(strategy=strategies.Quota(3), cache_policy=cache_policies.WithWarmup(cache_policies.NoCache(), 4),
                   propose=proposals.RefuseToken(proposals.Greedy(), MASK))

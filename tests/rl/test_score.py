@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 
 from djax import rl
-from djax.config import LladaMoeConfig
+from djax.contracts.types import Forbidden
 from djax.models import build
-from djax.types import Forbidden
+from djax.models.config import LladaMoeConfig
 from tests import toy
 from tests.rl.tiny import MASK
 

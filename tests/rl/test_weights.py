@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from djax import recipes, rl
-from djax.sharding import named_leaves
+from djax.devices.sharding import named_leaves
 
 SHAPE: dict[str, Any] = {
     "max_new_tokens": 8, "block_length": 8, "recipe": recipes.fast_dllm(threshold=0.6)}

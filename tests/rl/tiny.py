@@ -6,9 +6,9 @@ import jax
 from jax.sharding import Mesh
 
 import djax
-from djax.config import LladaMoeConfig
+from djax.devices.sharding import leaf_name
 from djax.models import Kernels, init_params
-from djax.sharding import leaf_name
+from djax.models.config import LladaMoeConfig
 
 MASK, EOS, PAD = 63, 62, 61
 CONFIG = LladaMoeConfig(

@@ -40,9 +40,9 @@ def run(directory: Path | None, steps: int, *, devices: int = 1, report: Any = N
     from flax import nnx
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from djax.config import LladaMoeConfig
+    from djax.devices.sharding import shardings
     from djax.models import init_params, logical_axes
-    from djax.sharding import shardings
+    from djax.models.config import LladaMoeConfig
     from djax.train import (
         Schedule,
         block_diffusion_loss,

@@ -17,11 +17,10 @@ import pytest
 from safetensors import safe_open
 
 import djax
-from djax import assets, recipes
-from djax.generation import Generation
+from djax import assets, recipes, tasks
+from djax.engine.results import Generation
+from djax.engine.tokenizer import Tokenizer
 from djax.recipes import Recipe
-from djax.text import Tokenizer
-from djax.train import tasks
 from djax.train.bundled import recipe as build_recipe
 from djax.train.bundled.__main__ import compress, sample, train_base
 from djax.train.bundled.tokenizer import write_tokenizer

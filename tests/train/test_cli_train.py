@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 import djax
 from convert import save
 from djax import assets
-from djax.cli import app
+from djax.cli.app import app
 from djax.models import init_params
 
 RUN = """

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from djax.config import LladaMoeConfig
 from djax.models import init_params, logical_axes
+from djax.models.config import LladaMoeConfig
 from djax.train.config import OptimizerSection, learning_rate, make_optimizer, read_config
 from tests.train.run_driver import CONFIG
 

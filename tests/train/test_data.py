@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from djax import assets
-from djax.text import Tokenizer
+from djax.engine.tokenizer import Tokenizer
 from djax.train.data import FixedSource, Sample, TaskSource, batcher, encode_pair, read_jsonl
 
 EOS = 9

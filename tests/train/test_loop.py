@@ -20,8 +20,8 @@ import optax
 import pytest
 from flax import nnx
 
-from djax.config import LladaMoeConfig
 from djax.models import init_params
+from djax.models.config import LladaMoeConfig
 from djax.train import Batch, Checkpoints, Schedule, TrainState, fit, init_state, make_step, masked_diffusion_loss
 from tests.train.run_driver import CONFIG, digest, run
 

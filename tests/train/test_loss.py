@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from djax.config import LladaMoeConfig
 from djax.models import build
+from djax.models.config import LladaMoeConfig
 from djax.train import Batch, LossWeights, masked_diffusion_loss, row_losses, sample_masks
 from djax.train.loss import router_losses
 

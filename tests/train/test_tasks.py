@@ -20,11 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from djax.text import Tokenizer
-from djax.train import tasks
+from djax import tasks
+from djax.engine.tokenizer import Tokenizer
+from djax.tasks import MARKER, SPLITS, TASKS, Example, Split, Task, examples, held_out_set, split_of
+from djax.tasks.records import CITIES, ITEMS, NAMES
 from djax.train.bundled.tokenizer import write_tokenizer
-from djax.train.tasks import MARKER, SPLITS, TASKS, Example, Split, Task, examples, held_out_set, split_of
-from djax.train.tasks.records import CITIES, ITEMS, NAMES
 
 COUNT = 300
 HELD_OUT = (1036, 1057, 1069)
@@ -352,7 +352,7 @@ def test_tasks_and_examples_are_frozen() -> None:
 
 
 def test_importing_the_tasks_imports_no_jax() -> None:
-    code = ("import sys, djax.train.tasks; "
+    code = ("import sys, djax.tasks; "
             "print([m for m in ('jax', 'transformers', 'tokenizers', 'orbax') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True,
                           check=True)

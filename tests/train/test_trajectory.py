@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from djax.config import LladaMoeConfig
-from djax.generation import Generation
+from djax.engine.results import Generation
 from djax.models import init_params
+from djax.models.config import LladaMoeConfig
 from djax.train import LossWeights
 from djax.train.trajectory import (
     NEVER,

@@ -15,12 +15,11 @@ from rich.console import Console
 from rich.progress import track
 
 from convert import export, read_config
-from djax import assets
+from djax import assets, tasks
 from djax.api import DiffusionLM, load
-from djax.config import ModelConfig
+from djax.engine.tokenizer import Tokenizer
 from djax.models import init_params
-from djax.text import Tokenizer
-from djax.train import tasks
+from djax.models.config import ModelConfig
 from djax.train.bundled import recipe
 from djax.train.bundled.tokenizer import write_tokenizer
 from djax.train.run import train

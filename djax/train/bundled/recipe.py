@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from djax import tasks
+from djax.engine.tokenizer import Tokenizer
 from djax.recipes import Recipe, fast_dllm
-from djax.text import Tokenizer
-from djax.train import tasks
 from djax.train.bundled.tokenizer import EOS, MASK, VOCAB_SIZE, token_id
 from djax.train.bundled.windows import Mixed, WindowSource
 from djax.train.config import DataSection, OptimizerSection, TrainConfig, TrainingSection

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from djax.train import tasks
+from djax import tasks
 
 VOCAB_SIZE = 704
 """Rows of the embedding and of the head: padded past the tokenizer's length, as in the real model."""

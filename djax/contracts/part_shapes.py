@@ -1,0 +1,238 @@
+"""Shapes and dtypes that a part has to give, asked of it without running anything.
+
+A part that breaks its protocol would fail deep inside the loop, in an error that does not name it. Here it is traced
+alone on a small block, when a choice of parts is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from djax.contracts.struct import same_structure
+from djax.contracts.types import Candidates, Decision, Plan, StepInfo
+from djax.errors import ArgumentError, one_line
+
+AXES = ("strategy", "cache_policy", "transform", "propose", "smoothing", "stop_rule")
+"""The axes of the loop, by the names of `Parts`' fields."""
+_LENGTH, _VOCAB, _CANVAS, _FIRST, _WIDTH = 4, 11, 13, 5, 3
+"""Sizes of the small block; all differ, so that a mistaken axis shows."""
+Shaped = jax.ShapeDtypeStruct
+
+
+def check_shapes(axis: str, part: Any) -> None:
+    """Trace a part of an axis on a small block and compare what it gives with its protocol.
+
+    Args:
+        axis: one of `AXES`.
+        part: of that axis; its numbers may be traced.
+
+    Raises:
+        ArgumentError: named after the axis: the part lacks a method, fails, or gives other shapes or dtypes.
+    """
+    name = type(part).__name__
+    if isinstance(part, type):
+        raise ArgumentError(axis, f"the class {part.__name__}", allowed="an instance of a part",
+                            advice=f"call it: {part.__name__}(...)")
+    missing = [method for method in _METHODS[axis] if not hasattr(part, method)]
+    if missing:
+        raise ArgumentError(axis, f"{name}, which has no {', '.join(missing)}",
+                            allowed=f"what djax.contracts.types.{PROTOCOLS[axis]} says", advice="add what is missing")
+    leaves, structure = jax.tree.flatten(part)
+    for leaf in leaves:
+        if not _is_number(leaf):
+            raise ArgumentError(axis, f"{name} with a field that holds a {type(leaf).__name__}",
+                                allowed="numbers, arrays and parts; static fields for anything else",
+                                advice="declare that field with djax.contracts.struct.field(pytree_node=False)")
+    for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+        value = getattr(part, field.name)
+        if not field.metadata.get("pytree_node", True) and not _is_hashable(value):
+            raise ArgumentError(axis, f"{name} with a {type(value).__name__}, which cannot be hashed, in its static "
+                                f"field {field.name}", allowed="texts, numbers and tuples in static fields",
+                                advice="jit looks programs up by them")
+    problem = _problem(axis, structure, tuple(map(_kind, leaves)))
+    if problem is not None:
+        raise ArgumentError(axis, f"{name}, {problem}", allowed=f"what djax.contracts.types.{PROTOCOLS[axis]} says",
+                            advice=f"djax.testing.check_part({name}(...)) tells more")
+
+
+PROTOCOLS = {"strategy": "Strategy", "cache_policy": "CachePolicy", "transform": "Transform", "propose": "Propose",
+             "smoothing": "Smoothing", "stop_rule": "StopRule"}
+"""The protocol of each axis, in `djax.contracts.types`."""
+_METHODS = {
+    "strategy": ("reopens", "max_steps", "init", "step"), "cache_policy": ("exact", "window_length", "plan"),
+    "transform": ("init", "step"), "propose": ("step",), "smoothing": ("soft", "step"),
+    "stop_rule": ("reasons", "step", "ends", "fill")}
+
+
+def _kind(leaf: Any) -> type | tuple[tuple[int, ...], str]:
+    """A Python number's type (it is weakly typed), or shape and dtype."""
+    return type(leaf) if isinstance(leaf, bool | int | float) else (tuple(leaf.shape), leaf.dtype.name)
+
+
+def _batch(kinds: tuple[Any, ...]) -> int:
+    """Rows of the small block: as many as a part with a number for each row has."""
+    rows = {kind[0][0] for kind in kinds if isinstance(kind, tuple) and len(kind[0]) == 1 and "float" in kind[1]}
+    return max(rows) if rows else 2
+
+
+@functools.lru_cache(maxsize=512)
+def _problem(axis: str, structure: Any, kinds: tuple[Any, ...]) -> str | None:
+    """How a part of this structure breaks its protocol."""
+    part = jax.tree.unflatten(structure, [kind(1) if isinstance(kind, type) else Shaped(*kind) for kind in kinds])
+    try:
+        return _CHECKS[axis](part, _batch(kinds))
+    except ArgumentError:
+        raise
+    except Exception as error:  # whatever a part's code raises is told in one line, under the part's name
+        return f"which fails: {type(error).__name__}: {one_line(str(error))[:300]}"
+
+
+def _strategy(part: Any, batch: int) -> str | None:
+    block = (batch, _LENGTH)
+    state = _state(part, batch)
+    bounds = []
+
+    def bound(part: Any) -> Any:
+        bounds.append(part.max_steps(_LENGTH))
+        return jnp.asarray(bounds[0], jnp.int32)
+
+    if _traced(bound, part).shape != () or (isinstance(bounds[0], int | float) and
+                                            not (isinstance(bounds[0], int) and bounds[0] >= 1)):
+        return f"whose max_steps gives {bounds[0]!r}, not a whole number of at least 1"
+    if not isinstance(part.reopens, bool):
+        return f"whose reopens is {part.reopens!r}, not True or False"
+    given, after = _traced(
+        lambda part, *rest: part.step(*rest), part, _keys(batch), example_candidates(batch, _LENGTH),
+        Shaped(block, bool), example_info(batch, _LENGTH), state)
+    if not isinstance(given, Decision):
+        return f"whose step gives a {type(given).__name__}, not a Decision"
+    return (_differs("step's commit", given.commit, block, "bool")
+            or _differs("step's reopen", given.reopen, block, "bool") or _changed(state, after))
+
+
+def _transform(part: Any, batch: int) -> str | None:
+    logits = Shaped((batch, _LENGTH, _VOCAB), jnp.float32)
+    state = _state(part, batch)
+    given, after = _traced(lambda part, *rest: part.step(*rest), part, logits, Shaped((batch, _LENGTH), bool), state)
+    return _differs("step's logits", given, logits.shape, "float32") or _changed(state, after)
+
+
+def _propose(part: Any, batch: int) -> str | None:
+    block = (batch, _LENGTH)
+    given = _traced(lambda part, *rest: part.step(*rest), part, _keys(batch),
+                    Shaped((*block, _VOCAB), jnp.float32), Shaped(block, jnp.int32))
+    if not isinstance(given, Candidates):
+        return f"whose step gives a {type(given).__name__}, not Candidates"
+    kinds = {"token": "int32", "confidence": "float32", "log_prob": "float32", "current": "float32"}
+    return next(filter(None, (_differs(f"step's {name}", getattr(given, name), block, dtype)
+                              for name, dtype in kinds.items())), None)
+
+
+def _cache_policy(part: Any, batch: int) -> str | None:
+    width = part.window_length(_CANVAS, _FIRST, _LENGTH)
+    if width is not None and not (isinstance(width, int) and 1 <= width <= _CANVAS):
+        return f"whose window_length gives {width!r}, neither None nor a whole number from 1 to the canvas' length"
+    if not isinstance(part.exact, bool):
+        return f"whose exact is {part.exact!r}, not True or False"
+    given = _traced(lambda part, info: part.plan(info, _CANVAS, _LENGTH), part, example_info(batch, _LENGTH))
+    if not isinstance(given, Plan):
+        return f"whose plan gives a {type(given).__name__}, not a Plan"
+    return (_differs("plan's refresh", given.refresh, (), "bool") or _differs("plan's start", given.start, (), "int32")
+            or _differs("plan's end", given.end, (), "int32"))
+
+
+def _smoothing(part: Any, batch: int) -> str | None:
+    if not isinstance(part.soft, bool):
+        return f"whose soft is {part.soft!r}, not True or False"
+    inputs = Shaped((batch, _LENGTH, _WIDTH), jnp.bfloat16)
+    expected = Shaped(inputs.shape, jnp.float32)
+    given = _traced(lambda part, *rest: part.step(*rest), part, inputs, expected, Shaped((batch, _LENGTH), bool),
+                    example_info(batch, _LENGTH))
+    if getattr(given, "shape", None) != inputs.shape or not jnp.issubdtype(given.dtype, jnp.floating):
+        return _differs("step's inputs", given, inputs.shape, "float32")
+    return None
+
+
+def _stop_rule(part: Any, batch: int) -> str | None:
+    reasons = part.reasons
+    if not isinstance(reasons, tuple) or not all(isinstance(reason, str) for reason in reasons):
+        return f'whose reasons is {reasons!r}, not a tuple of texts such as ("eos",)'
+    canvas = (batch, _CANVAS)
+    tokens, flags = Shaped(canvas, jnp.int32), Shaped(canvas, bool)
+    given = _traced(lambda part, *rest: part.step(*rest), part, tokens, flags, flags, example_info(batch, _LENGTH))
+    if getattr(given, "dtype", None) not in (bool, jnp.int32):
+        return _differs("step", given, (batch,), "bool")
+    ends = _traced(lambda part, tokens: part.ends(tokens), part, tokens)
+    fill = _traced(lambda part: part.fill(), part)
+    return (_differs("step", given, (batch,), given.dtype.name) or _differs("ends", ends, canvas, "bool")
+            or (None if fill is None or getattr(fill, "shape", None) == (len(reasons),)
+                else _differs("fill", fill, (), "int32")))
+
+
+_CHECKS: dict[str, Callable[[Any, int], str | None]] = {
+    "strategy": _strategy, "cache_policy": _cache_policy, "transform": _transform, "propose": _propose,
+    "smoothing": _smoothing, "stop_rule": _stop_rule}
+
+
+def example_info(batch: int, length: int) -> Any:
+    """The shapes of a `StepInfo` of some rows and block length."""
+    scalar = Shaped((), jnp.int32)
+    return StepInfo(step=Shaped((batch,), jnp.int32), step_in_block=scalar, block=scalar,  # type: ignore[arg-type]
+                    block_start=scalar, is_open=Shaped((batch, length), bool))  # type: ignore[arg-type]
+
+
+def example_candidates(batch: int, length: int) -> Any:
+    """The shapes of `Candidates` of some rows and block length."""
+    number = Shaped((batch, length), jnp.float32)
+    return Candidates(token=Shaped((batch, length), jnp.int32), confidence=number,  # type: ignore[arg-type]
+                      log_prob=number, current=number)  # type: ignore[arg-type]
+
+
+def _keys(batch: int) -> Any:
+    return jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl="threefry2x32"), batch))
+
+
+def _state(part: Any, batch: int) -> Any:
+    return _traced(lambda part: part.init(batch, _LENGTH), part)
+
+
+def _traced(function: Callable[..., Any], *arguments: Any) -> Any:
+    return jax.eval_shape(function, *arguments)
+
+
+def _differs(what: str, given: Any, shape: tuple[int, ...], dtype: str) -> str | None:
+    found = (getattr(given, "shape", None), getattr(getattr(given, "dtype", None), "name", type(given).__name__))
+    if found == (shape, dtype):
+        return None
+    axes = "a scalar" if not shape else f"shape {list(shape)}"
+    return f"whose {what} has {'no shape' if found[0] is None else f'shape {list(found[0])}'} and dtype {found[1]}, " \
+           f"not {axes} and {dtype}"
+
+
+def _changed(before: Any, after: Any) -> str | None:
+    """How a state differs from the one that the loop carries."""
+    if not same_structure(before, after):
+        return "whose step gives a state of another structure than init"
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            return (f"whose step gives a state of shape {list(new.shape)} and dtype {new.dtype} where init gave "
+                    f"{list(old.shape)} and {old.dtype}")
+    return None
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, bool | int | float) or hasattr(leaf, "dtype")

@@ -1,0 +1,1 @@
+"""Requests in, generations out: options, prompts, tokenizer, the jitted program, results."""

@@ -1,0 +1,303 @@
+"""The loop as programs for devices: jitted, and where there is a mesh, the same program on every device of it.
+
+On a mesh the whole loop runs inside one `jax.shard_map`: each device has its part of the weights, the cache and the
+rows. The collectives are those of `djax.models.Parallel` and of `kernels_pallas.combine_readouts`; where rows are split
+also `Canvas.any_row` and a gather of the results. Nothing is left to a partitioner, kernels see the arrays of one
+device, and Auto and Explicit meshes give the same program. The mesh is held here; an
+ambient one is never read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from djax.contracts.ambient import on_device, without_mesh
+from djax.contracts.canvas import Canvas
+from djax.contracts.part_shapes import AXES
+from djax.contracts.types import Denoiser, Params
+from djax.devices.distributed import spans_processes
+from djax.devices.sharding import Rules, check_rules, mesh_axes, rules_for, shardings
+from djax.engine.interrupts import Hold, Pace
+from djax.loop.denoise import advance, begin, denoise, unfinished
+from djax.loop.state import DenoiseState, Parts, Progress, Result
+from djax.models import Kernels, ModelDenoiser, Parallel, abstract_params, build, logical_axes, parallel_on
+from djax.models.config import ModelConfig
+
+Specs = Any
+"""A tree of PartitionSpecs, or the beginning of one."""
+
+
+class Program:
+    """A model's generation on the default device or on a mesh. Counts what it compiles."""
+
+    @without_mesh()
+    def __init__(
+        self, config: ModelConfig, *, mesh: Mesh | None = None, rules: Rules | None = None,
+        kernels: Kernels = Kernels(), alone: bool = False,
+    ) -> None:
+        """Nothing is compiled yet.
+
+        Args:
+            config: of the model.
+            mesh: devices; None is the default one.
+            rules: logical axis to mesh axes; None is `djax.sharding.rules_for`.
+            kernels: implementations to run on.
+            alone: make the program of the mesh's first device alone, without collectives, to measure its share.
+
+        Raises:
+            ValueError: as `djax.sharding.shardings` and `djax.models.parallel_on`.
+        """
+        if mesh is None and rules is not None:
+            raise ValueError("rules: got some without a mesh; give mesh=, or leave rules out")
+        self.config, self.mesh = config, mesh
+        abstract, axes = abstract_params(config), logical_axes(config)
+        if mesh is not None:
+            rules = rules_for(axes, abstract, mesh) if rules is None else rules
+            check_rules(mesh, rules)
+        self.rules: Rules = {} if rules is None else rules
+        self.param_shardings = shardings(axes, abstract, mesh=mesh, rules=rules)
+        """Of every parameter, a tree like the model's state."""
+        self.parallel = Parallel()
+        self.row_axes: tuple[str, ...] = ()
+        """Mesh axes over which rows are split."""
+        if mesh is not None:
+            self.parallel = parallel_on(
+                mesh, self.rules, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+            self.row_axes = tuple(axis for axis in mesh_axes("batch", mesh, self.rules) if mesh.shape[axis] > 1)
+        self.own_params = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype), abstract,
+            self.param_shardings)
+        """Shapes of one device's part of every parameter."""
+        if mesh is not None and alone:
+            self.parallel = dataclasses.replace(self.parallel, alone=tuple(mesh.shape.items()))
+            self.mesh, self.row_axes = None, ()
+        self._spmd = self.mesh is not None
+        self.denoiser = ModelDenoiser(nnx.split(build(config, kernels=kernels, parallel=self.parallel))[0])
+        """The model as it runs on each device: not for use outside of this program where there is a mesh."""
+        self.compile_count = 0
+        self._hold = Hold()
+        self._paces: dict[Hashable, Pace] = {}
+        self.denoise = self._jit(self._denoise)
+        """(denoiser, params, canvas, key, parts, row ids) to a `Result`, whole on every device: the loop to its end,
+        where the host needs no control in between (plans, comparisons)."""
+        # an unused argument would not say which device the state is bound to: `advance` would be compiled twice
+        self.begin = self._jit(self._begin, keep_unused=True)
+        """The same arguments to the state before the first step, and whether anything is to be done."""
+        self.advance = self._jit(self._advance, donate_argnums=3)
+        """(denoiser, params, canvas, state, parts, steps, before_block) to the state, its `Progress`, and whether work
+        is left. The state that it gets is gone: no cache is copied."""
+        self.logits = self._jit(self._logits)
+        """(denoiser, params, tokens, valid, positions) to float32 logits [B, T, V]."""
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call one of the programs; while it is compiled Ctrl-C waits (`djax.engine.interrupts.Hold`)."""
+        with self._hold.armed():
+            return function(*arguments)
+
+    def pace(self, canvas: Canvas, parts: Parts) -> Pace:
+        """How many steps a stretch takes for such a canvas and such parts, as the last generation left it."""
+        key = (canvas.tokens.shape, canvas.block_length, canvas.first_block, jax.tree.structure(parts))
+        return self._paces.setdefault(key, Pace(fixed=spans_processes(self.mesh)))
+
+    @property
+    def row_parts(self) -> int:
+        """Into how many parts rows are split: a canvas has a multiple of it (`pad_rows`)."""
+        return 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in self.row_axes], dtype=int))
+
+    def pad_rows(self, canvas: Canvas) -> Canvas:
+        """The canvas with rows that have nothing to decode, so that every device gets as many."""
+        missing = -canvas.batch % self.row_parts
+        if not missing:
+            return canvas
+        return jax.tree.map(
+            lambda array: np.pad(jax.device_get(array), ((0, missing), (0, 0))) if array.ndim else array, canvas)
+
+    def place(self, tree: Any) -> Any:
+        """Arrays as the program takes them: scalars and vectors of parts on all devices."""
+        return on_device(tree) if self.mesh is None else put(tree, NamedSharding(self.mesh, P()))
+
+    def place_rows(self, tree: Any) -> Any:
+        """Arrays whose first axis is the rows', and scalars, as the program takes them."""
+        if self.mesh is None:
+            return on_device(tree)
+        mesh = self.mesh
+        return jax.tree.map(lambda leaf, spec: put(leaf, NamedSharding(mesh, spec)), tree, self._row_specs(tree))
+
+    def place_params(self, params: Params) -> Params:
+        """Parameters where the program wants them; those that are there already are not copied.
+
+        Without a mesh they stay on the device that they were put on, or go to the default one: who is bound to none
+        would have the program compiled again when others come.
+        """
+        leaves = jax.tree.leaves(self.param_shardings)
+        given, structure = jax.tree.flatten(params)
+        if len(given) != len(leaves):
+            raise ValueError(f"params: got {len(given)} arrays; the model has {len(leaves)}")
+        return jax.tree.unflatten(structure, [
+            leaf if self._is_placed(leaf, sharding) else put(leaf, sharding)
+            for leaf, sharding in zip(given, leaves, strict=True)])
+
+    def _is_placed(self, leaf: Any, sharding: Sharding) -> bool:
+        return isinstance(leaf, jax.Array) and leaf.committed and (self.mesh is None or leaf.sharding == sharding)
+
+    def abstract(
+        self, denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], parts: Parts,
+        rows: Int[Array, "B"],
+    ) -> tuple[Any, ...]:
+        """The arguments of `denoise` as shapes with shardings, for `lower`: for devices that are not here."""
+        if self.mesh is None:
+            return denoiser, params, canvas, key, parts, rows
+        mesh, specs = self.mesh, self._argument_specs(denoiser, params, canvas)
+
+        def shaped(leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
+            array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+
+        return tuple(
+            jax.tree.map(partial(shaped, spec=spec), argument) if isinstance(spec, P)
+            else jax.tree.map(shaped, argument, spec)
+            for argument, spec in zip((denoiser, params, canvas, key, parts, rows), specs, strict=True))
+
+    def _argument_specs(self, denoiser: Denoiser, params: Params, canvas: Canvas | None) -> tuple[Specs, ...]:
+        """Of denoiser, params, canvas, key, parts, row ids."""
+        if not self._spmd:
+            return (P(),) * 6
+        params_spec = jax.tree.unflatten(
+            jax.tree.structure(params), [sharding.spec for sharding in jax.tree.leaves(self.param_shardings)])
+        return self._row_specs(denoiser), params_spec, self._row_specs(canvas), P(), P(), P(self.row_axes or None)
+
+    def _row_specs(self, tree: Any) -> Specs:
+        """Of a tree whose arrays have a row for each of the batch; its scalars are whole."""
+        return jax.tree.map(lambda leaf: P(self.row_axes or None) if jnp.ndim(leaf) else P(), tree)
+
+    def _state_specs(self) -> DenoiseState:
+        row, cache = P(self.row_axes or None), P(self.row_axes or None, None, self.parallel.heads or None)
+        return DenoiseState(
+            tokens=row, is_masked=row, inputs=row, cache=cache, transform=row, strategy=row,  # type: ignore[arg-type]
+            row_keys=row, block=P(), blocks_entered=P(), step_in_block=P(), iterations=P(),  # type: ignore[arg-type]
+            step=row, nfe=row, refreshes=row, commit_step=row, log_prob=row, done=row,  # type: ignore[arg-type]
+            stop_reason=row)  # type: ignore[arg-type]
+
+    def _on_mesh(self, function: Callable[..., Any], in_specs: Specs, out_specs: Specs) -> Callable[..., Any]:
+        if not self._spmd:
+            return function
+        # Pallas kernels have no rule for what varies over which axis
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def _own(self, canvas: Canvas) -> Canvas:
+        """One device's canvas."""
+        return dataclasses.replace(canvas, row_axes=self.row_axes if self._spmd else ())
+
+    def _whole(self, tree: Any) -> Any:
+        """All devices' rows."""
+        if not self._spmd or not self.row_axes:
+            return tree
+        return jax.tree.map(
+            lambda leaf: lax.all_gather(leaf, self.row_axes, axis=0, tiled=True) if leaf.ndim else leaf, tree)
+
+    def _denoise(
+        self, denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], parts: Parts,
+        rows: Int[Array, "B"],
+    ) -> Result:
+        def run(
+            denoiser: Denoiser, params: Params, canvas: Canvas, key: Array, parts: Parts, rows: Array
+        ) -> Result:
+            axes = {axis: getattr(parts, axis) for axis in AXES}
+            return self._whole(denoise(denoiser, params, self._own(canvas), key, row_ids=rows, **axes))
+
+        specs = self._argument_specs(denoiser, params, canvas)
+        return self._on_mesh(run, specs, P())(denoiser, params, canvas, key, parts, rows)
+
+    def _begin(
+        self, denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], parts: Parts,
+        rows: Int[Array, "B"],
+    ) -> tuple[DenoiseState, Bool[Array, ""]]:
+        def run(
+            denoiser: Denoiser, params: Params, canvas: Canvas, key: Array, parts: Parts, rows: Array
+        ) -> tuple[DenoiseState, Array]:
+            canvas = self._own(canvas)
+            state = begin(denoiser, params, canvas, key, parts=parts, row_ids=rows)
+            # JAX hands an argument that comes out unchanged on as it is: the caller's canvas would be donated
+            state = dataclasses.replace(state, tokens=jnp.copy(state.tokens), is_masked=jnp.copy(state.is_masked))
+            return state, unfinished(canvas, state)
+
+        specs = self._argument_specs(denoiser, params, canvas)
+        return self._on_mesh(run, specs, (self._state_specs(), P()))(denoiser, params, canvas, key, parts, rows)
+
+    def _advance(
+        self, denoiser: Denoiser, params: Params, canvas: Canvas, state: DenoiseState, parts: Parts,
+        steps: Int[Array, ""], before_block: Int[Array, ""],
+    ) -> tuple[DenoiseState, Progress, Bool[Array, ""]]:
+        def run(
+            denoiser: Denoiser, params: Params, canvas: Canvas, state: DenoiseState, parts: Parts, steps: Array,
+            before_block: Array,
+        ) -> tuple[DenoiseState, Progress, Array]:
+            canvas = self._own(canvas)
+            state = advance(denoiser, params, canvas, state, parts=parts, steps=steps, before_block=before_block)
+            shown = Progress(**{name: jnp.copy(getattr(state, name)) for name in Progress._fields})
+            return state, self._whole(shown), unfinished(canvas, state)
+
+        denoiser_spec, params_spec, canvas_spec, *_ = self._argument_specs(denoiser, params, canvas)
+        specs = (denoiser_spec, params_spec, canvas_spec, self._state_specs(), P(), P(), P())
+        return self._on_mesh(run, specs, (self._state_specs(), P(), P()))(
+            denoiser, params, canvas, state, parts, steps, before_block)
+
+    def _logits(
+        self, denoiser: Denoiser, params: Params, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"],
+        positions: Int[Array, "B T"],
+    ) -> Float[Array, "B T V"]:
+        def run(denoiser: Denoiser, params: Params, tokens: Array, valid: Array, positions: Array) -> Array:
+            hidden, _ = denoiser.apply(
+                params, denoiser.embed(params, tokens), positions=denoiser.place(params, positions), key_mask=valid,
+                window_start=jnp.int32(0), write=valid, cache=None)
+            return self._whole(denoiser.unembed(params, hidden))
+
+        row = P(self.row_axes or None)
+        denoiser_spec, params_spec = self._argument_specs(denoiser, params, None)[:2]
+        return self._on_mesh(run, (denoiser_spec, params_spec, row, row, row), P())(
+            denoiser, params, tokens, valid, positions)
+
+    def _jit(self, function: Callable[..., Any], **options: Any) -> Any:
+        """`jax.jit` that counts its compilations: a trace happens exactly once for each."""
+
+        def traced(*arguments: Any) -> Any:
+            self.compile_count += 1
+            self._hold.begin()
+            return function(*arguments)
+
+        return jax.jit(traced, **options)
+
+
+def put(tree: Any, sharding: Sharding) -> Any:
+    """Arrays under a sharding, whose devices may belong to several processes.
+
+    Each of these gives the same values and places what its own devices hold.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def across(leaf: Any) -> Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            words = across(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+        values = np.asarray(jax.device_get(leaf))
+        # not `make_array_from_callback`: a transfer guard takes its transfers for accidents
+        shards = [jax.device_put(values[index], device)
+                  for device, index in sharding.addressable_devices_indices_map(values.shape).items()]
+        return jax.make_array_from_single_device_arrays(values.shape, sharding, shards)
+
+    return jax.tree.map(across, tree)

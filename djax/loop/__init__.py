@@ -1,0 +1,1 @@
+"""The denoising loop: its state, one step, the whole."""

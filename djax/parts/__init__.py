@@ -1,0 +1,1 @@
+"""The decoders' parts, one folder or file per axis."""

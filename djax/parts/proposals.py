@@ -1,0 +1,188 @@
+"""Proposals: logits to candidates, one per position. The vocabulary axis ends here."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+from djax.contracts import struct
+from djax.contracts.types import Candidates, Filter, Logits, Noise, Propose, Reading
+from djax.errors import check_choice, check_integer, check_number
+from kernels_pallas import gumbel_noise
+
+LARGEST_TEMPERATURE = 2.0**100
+"""A draw's: above, noise times temperature could overflow float32."""
+
+
+@struct.dataclass
+class Greedy:
+    """The most probable token; the lowest id among equals."""
+
+    @property
+    def reads(self) -> bool:
+        """True."""
+        return True
+
+    def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
+        """Candidates with their probability and log-prob at temperature 1."""
+        return _candidates(logits, first_argmax(logits), tokens, jnp.float32(1.0))
+
+    def noise(self, keys: Key[Array, "B"], block_length: int) -> Noise | None:
+        """None."""
+        return None
+
+    def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
+        """The same from a reading."""
+        return _candidates_of(reading, tokens)
+
+
+@struct.dataclass
+class Sample:
+    """A draw from softmax(logits / temperature) by the Gumbel-max trick, in log space and float32.
+
+    Temperature 0 is greedy in the same compiled program (no noise is drawn then), and its log-prob is
+    the one at temperature 1. Row i's noise depends on `keys[i]` only.
+
+    How a token is drawn does not decide whether it is kept: the confidence stays the token's probability at
+    temperature 1 under unfiltered logits, as in LLaDA (arXiv 2502.09992); only `log_prob` is that of the distribution
+    drawn from, filtered and tempered. Code that decides by the latter, as Dream's does (arXiv 2508.15487), is
+    `confidence="drawn"`.
+    """
+
+    temperature: float | Float[Array, ""]
+    filters: tuple[Filter, ...] = ()
+    """Applied first to last before the draw."""
+    confidence: Literal["model", "drawn"] = struct.field(pytree_node=False, default="model")
+
+    def __post_init__(self) -> None:
+        # above, noise times temperature could overflow
+        check_number("temperature", self.temperature, 0.0, LARGEST_TEMPERATURE)
+        check_choice("confidence", self.confidence, ("model", "drawn"))
+
+    @property
+    def reads(self) -> bool:
+        """Whether nothing looks at all of the vocabulary."""
+        return not self.filters
+
+    def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
+        """Candidates with their probability at temperature 1 and log-prob at the sampling temperature."""
+        temperature = jnp.asarray(self.temperature, jnp.float32)
+        kept = logits
+        for each in self.filters:
+            kept = each.keep(kept)
+
+        def draw() -> Int[Array, "B L"]:
+            words = noise_keys(keys, logits.shape[1])[:, :, None]
+            ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
+            return first_argmax(kept + temperature * gumbel_noise(words, ids))
+
+        token = jax.lax.cond(temperature > 0, draw, lambda: first_argmax(kept))
+        divisor = jnp.where(temperature > 0, temperature, 1.0)
+        if not self.filters:
+            return self._decided_by(_candidates(logits, token, tokens, divisor))
+        drawn = _candidates(kept, token, tokens, divisor)
+        meant = _candidates(logits, token, tokens, jnp.float32(1.0))
+        return self._decided_by(dataclasses.replace(meant, log_prob=drawn.log_prob))
+
+    def _decided_by(self, candidates: Candidates) -> Candidates:
+        if self.confidence == "model":
+            return candidates
+        return dataclasses.replace(candidates, confidence=jnp.exp(candidates.log_prob))
+
+    def noise(self, keys: Key[Array, "B"], block_length: int) -> Noise | None:
+        """The noise of every position, from the same words as in `step`."""
+        return Noise(temperature=jnp.asarray(self.temperature, jnp.float32), keys=noise_keys(keys, block_length))
+
+    def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
+        """The same from a reading."""
+        return self._decided_by(_candidates_of(reading, tokens))
+
+
+@struct.dataclass
+class RefuseToken:
+    """Makes no proposal where the inner one proposes `token_id`; the token keeps its probability mass.
+
+    dInfer treats the mask id so. Forbidding it (`ForbidTokens`) is the sounder choice: here a block whose
+    remaining positions all predict the mask id can never be finished.
+    """
+
+    propose: Propose
+    token_id: int | Int[Array, ""]
+
+    def __post_init__(self) -> None:
+        check_integer("token_id", self.token_id)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the inner one does."""
+        return getattr(self.propose, "reads", False)
+
+    def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
+        """The inner candidates, with confidence -inf where the token is refused."""
+        return self._refuse(self.propose.step(keys, logits, tokens))
+
+    def noise(self, keys: Key[Array, "B"], block_length: int) -> Noise | None:
+        """The inner one's."""
+        return self.propose.noise(keys, block_length)  # type: ignore[attr-defined]
+
+    def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
+        """The same from a reading."""
+        return self._refuse(self.propose.read(reading, tokens))  # type: ignore[attr-defined]
+
+    def _refuse(self, candidates: Candidates) -> Candidates:
+        refused = candidates.token == self.token_id
+        return dataclasses.replace(candidates, confidence=jnp.where(refused, -jnp.inf, candidates.confidence))
+
+
+def noise_keys(keys: Key[Array, "B"], block_length: int) -> UInt32[Array, "B L 2"]:
+    """Two random words for every position of each row, from the row's key."""
+    return jax.vmap(lambda key: jax.random.bits(key, (block_length, 2), jnp.uint32))(keys)
+
+
+def first_argmax(logits: Logits) -> Int[Array, "B L"]:
+    """Index of the largest entry, the lowest among equals, int32.
+
+    As two plain reductions: XLA's argmax, one over pairs, is not vectorised on CPU.
+    """
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits == best, ids, logits.shape[-1] - 1), axis=-1)
+
+
+def _candidates(
+    logits: Logits, token: Int[Array, "B L"], tokens: Int[Array, "B L"], temperature: Float[Array, ""]
+) -> Candidates:
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = _at(logits, token)
+    best = jnp.max(logits, axis=-1)
+    best = jnp.where(jnp.isfinite(best), best, 0.0)
+    # The second pass over the vocabulary is worth a branch: greedy decoding never needs it.
+    log_sum = jax.lax.cond(
+        temperature == 1.0, lambda: log_total - best,
+        lambda: jnp.log(jnp.sum(jnp.exp((logits - best[..., None]) / temperature), axis=-1)))
+    return Candidates(
+        token=token,
+        confidence=jnp.exp(chosen - log_total),
+        # differences are divided and not logits, which overflow at low temperatures
+        log_prob=(chosen - best) / temperature - log_sum,
+        current=jnp.exp(_at(logits, tokens) - log_total),
+    )
+
+
+def _candidates_of(reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
+    temperature = jnp.float32(1.0) if reading.temperature is None else reading.temperature
+    temperature = jnp.where(temperature > 0, temperature, 1.0)
+    return Candidates(
+        token=reading.drawn,
+        confidence=jnp.exp(reading.drawn_logit - reading.log_total),
+        log_prob=(reading.drawn_logit - reading.best_logit) / temperature - reading.log_sum_tempered,
+        current=jnp.exp(reading.logit_of(tokens) - reading.log_total),
+    )
+
+
+def _at(logits: Logits, token: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    return jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]

@@ -1,0 +1,9 @@
+"""Strategies: which candidates to commit. One file per family, and wrappers that hold another strategy."""
+
+from djax.parts.strategies.factor import Factor
+from djax.parts.strategies.hierarchical import Hierarchical
+from djax.parts.strategies.quota import Quota
+from djax.parts.strategies.threshold import Threshold
+from djax.parts.strategies.wrappers import RandomOrder, Remasking
+
+__all__ = ["Factor", "Hierarchical", "Quota", "RandomOrder", "Remasking", "Threshold"]

@@ -1,0 +1,63 @@
+"""Several transforms as one."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from djax.contracts import struct
+from djax.contracts.types import FORBID_NOTHING, Forbidden, Logits, PartState, Reading, Transform
+from djax.parts.transforms.basic import ForbidTokens, Identity
+from djax.parts.transforms.credit import Credit
+
+
+@struct.dataclass
+class Chain:
+    """Several transforms, first to last."""
+
+    transforms: tuple[Transform, ...]
+
+    @property
+    def reads(self) -> bool:
+        """Whether all do, and none forbids tokens after another one has changed logits: the head forbids first."""
+        changed = False
+        for part in self.transforms:
+            if not getattr(part, "reads", False) or (changed and not isinstance(part, Identity | Credit)):
+                return False
+            changed |= not isinstance(part, Identity | ForbidTokens)
+        return True
+
+    def init(self, batch: int, block_length: int) -> PartState:
+        """The transforms' states."""
+        return tuple(part.init(batch, block_length) for part in self.transforms)
+
+    def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
+        """Each transform applied to what the one before it gave."""
+        states = []
+        for part, part_state in zip(self.transforms, state, strict=True):
+            logits, part_state = part.step(logits, is_masked, part_state)
+            states.append(part_state)
+        return logits, tuple(states)
+
+    def forbidden(self) -> Forbidden:
+        """What any of them drops."""
+        forbids = [part.forbidden() for part in self.transforms]  # type: ignore[attr-defined]
+        each = [forbidden for forbidden in forbids if forbidden is not FORBID_NOTHING] or [FORBID_NOTHING]
+        limit = FORBID_NOTHING.limit
+        for forbidden in each:
+            limit = jnp.minimum(limit, forbidden.limit)
+        return Forbidden(ids=jnp.concatenate([forbidden.ids for forbidden in each]), limit=limit)
+
+    def asks(self, state: PartState) -> Int[Array, "B L S"] | None:
+        """What any of them asks for."""
+        each = [part.asks(own) for part, own in zip(self.transforms, state, strict=True)]  # type: ignore[attr-defined]
+        asked = [ids for ids in each if ids is not None]
+        return jnp.concatenate(asked, axis=-1) if asked else None
+
+    def adjust(self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Reading, PartState]:
+        """Each transform applied to what the one before it gave."""
+        states = []
+        for part, part_state in zip(self.transforms, state, strict=True):
+            reading, part_state = part.adjust(reading, is_masked, part_state)  # type: ignore[attr-defined]
+            states.append(part_state)
+        return reading, tuple(states)

@@ -1,0 +1,1 @@
+"""Generations as exact data: records, masked states, the scorer, likelihoods."""
