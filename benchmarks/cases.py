@@ -215,7 +215,7 @@ def _run(case: Case, action: Action | dict[str, Any], compile_seconds: float, jo
 def _describe(error: Exception) -> str:
     """The error's kind and the beginning of its text: a compiler's can be pages long."""
     text = f"{type(error).__name__}: {error}"
-    return text if len(text) <= 600 else text[:600] + " ..."
+    return text if len(text) <= 600 else text[:600] + "..."
 
 
 def in_progress(records: Sequence[Mapping[str, Any]]) -> list[str]:

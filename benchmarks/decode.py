@@ -63,7 +63,7 @@ def forwards(commit_step: Int[np.ndarray, "B T"], case: Case) -> int:
     return int(np.diff(blocks, axis=1, prepend=0).max(0).sum())
 
 
-def generated(tokens: Int[np.ndarray, "B T"], case: Case, eos_id: int) -> Int[np.ndarray, "B"]:
+def generated(tokens: Int[np.ndarray, "B T"], case: Case, eos_id: int) -> Int[np.ndarray, " B"]:
     """Generated tokens of each row up to and including the first EOS."""
     ends = tokens[:, case.prompt_length:] == eos_id
     return np.where(ends.any(1), ends.argmax(1) + 1, case.max_new_tokens)

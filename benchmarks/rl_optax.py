@@ -65,7 +65,7 @@ def make_update(
     method = METHODS[settings.method]
 
     def objective(
-        params: Params, got: Rollout, advantages: Float[Array, "B"], key: Key[Array, ""]
+        params: Params, got: Rollout, advantages: Float[Array, " B"], key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], PolicyReport]:
         if method.scheme is None:
             states = trace_states(got, num_states=settings.steps)
@@ -79,7 +79,7 @@ def make_update(
         return method.loss(score(graphdef, params, got, states), advantages, mask=got.is_completion)
 
     def update(
-        state: TrainState, got: Rollout, reward: Float[Array, "B"], key: Key[Array, ""]
+        state: TrainState, got: Rollout, reward: Float[Array, " B"], key: Key[Array, ""]
     ) -> tuple[TrainState, PolicyReport, Float[Array, ""]]:
         advantages = group_advantages(reward, settings.samples, scale=method.scale)
         gradients, report = jax.grad(objective, has_aux=True)(state.params, got, advantages, key)

@@ -71,7 +71,7 @@ def ceilings(sizes: Sizes) -> dict[str, Any]:
     source = torch.empty(sizes.copy_bytes // 4, dtype=torch.int32, device=device_name())
     source.random_()
     target = torch.empty_like(source)
-    copy = timing.measure(lambda _: target.copy_(source), wait, sizes.budget)
+    copy = timing.measure(lambda _, to=target, of=source: to.copy_(of), wait, sizes.budget)
     del source, target
     size = sizes.matmul_size
     left, right = (torch.randn(size, size, device=device_name(), dtype=torch.bfloat16) for _ in range(2))

@@ -466,7 +466,7 @@ class DiffusionLM:
     def _arguments(
         self, canvas: Canvas, parts: Parts, *, guidance: float | None, key: int | Key[Array, ""],
         row_ids: Sequence[int] | None,
-    ) -> tuple[Denoiser, Params, Canvas, Key[Array, ""], Parts, Int[Array, "B"]]:
+    ) -> tuple[Denoiser, Params, Canvas, Key[Array, ""], Parts, Int[Array, " B"]]:
         """What the jitted functions take, placed on the mesh."""
         ids = np.arange(canvas.batch) if row_ids is None else np.asarray(row_ids)
         if ids.shape != (canvas.batch,):

@@ -113,7 +113,7 @@ class LiveCanvas:
             parts.append(f"{tokens_per_second(generated - self._before_start, seconds):.0f} tokens/s")
         return "  ".join(parts)
 
-    def _row(self, step: StreamStep, row: int, new: Bool[np.ndarray, "T"]) -> Text:
+    def _row(self, step: StreamStep, row: int, new: Bool[np.ndarray, " T"]) -> Text:
         """A row's open region: decoded runs as text, each masked position as one glyph."""
         here = step.is_open[row]
         tokens, masked, fresh = step.tokens[row][here], step.is_masked[row][here], new[here]
@@ -145,7 +145,7 @@ def _visible(character: str) -> str:
     return chr(0x2400 + code) if code < 32 else "\N{SYMBOL FOR DELETE}" if code == 127 else "\N{REPLACEMENT CHARACTER}"
 
 
-def _runs(values: Bool[np.ndarray, "n"] | Int[np.ndarray, "n"]) -> list[tuple[int, int]]:
+def _runs(values: Bool[np.ndarray, " n"] | Int[np.ndarray, " n"]) -> list[tuple[int, int]]:
     """[start, stop) of each maximal run of equal values."""
     edges = np.flatnonzero(np.diff(values)) + 1
     bounds = [0, *edges.tolist(), len(values)]

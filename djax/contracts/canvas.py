@@ -58,7 +58,7 @@ class Canvas:
         region = is_masked[:, self.first_block:]
         return region.reshape(self.batch, self.num_blocks, self.block_length).sum(-1, dtype=jnp.int32)
 
-    def any_row(self, flags: Bool[Array, "B N"]) -> Bool[Array, "N"]:
+    def any_row(self, flags: Bool[Array, "B N"]) -> Bool[Array, " N"]:
         """Where a flag is set in any row, on whatever device: all rows are in the same block at the same time."""
         found = flags.any(0)
         return lax.pmax(found.astype(jnp.int32), self.row_axes) > 0 if self.row_axes else found

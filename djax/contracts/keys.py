@@ -65,7 +65,7 @@ def _traced_words(seed: Array) -> UInt32[Array, "2"]:
 
 
 @jax.jit
-def _from_words(words: UInt32[Array, "n"]) -> Key[Array, ""]:
+def _from_words(words: UInt32[Array, " n"]) -> Key[Array, ""]:
     key = jax.random.wrap_key_data(words[:2], impl=IMPLEMENTATION)
     for index in range(2, words.shape[0]):
         key = jax.random.fold_in(key, words[index])

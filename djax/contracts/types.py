@@ -31,7 +31,7 @@ Logits = Float[Array, "B L V"]
 class StepInfo:
     """Where the loop stands. Counters start at 0."""
 
-    step: Int[Array, "B"]
+    step: Int[Array, " B"]
     """Denoising steps of the row so far, over the whole sequence."""
     step_in_block: Int[Array, ""]
     """Steps since the block was entered; the same for every row still at work in it."""
@@ -43,7 +43,7 @@ class StepInfo:
     """Positions of the block that were masked when the canvas was built; the others are pinned."""
 
     @property
-    def num_open(self) -> Int[Array, "B"]:
+    def num_open(self) -> Int[Array, " B"]:
         """Open positions of the block, whether committed since or not."""
         return self.is_open.sum(-1, dtype=jnp.int32)
 
@@ -68,7 +68,7 @@ class Candidates:
 class Forbidden:
     """Tokens that must not be proposed."""
 
-    ids: Int[Array, "n"]
+    ids: Int[Array, " n"]
     """Negative ones forbid nothing."""
     limit: Int[Array, ""]
     """Every id from here on is forbidden too."""
@@ -272,7 +272,7 @@ class Filter(Protocol):
 class Propose(Protocol):
     """Logits to candidates. The vocabulary axis ends here."""
 
-    def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
+    def step(self, keys: Key[Array, " B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """One candidate per position; `tokens` are the block's tokens now; row i only uses `keys[i]`."""
         ...
 
@@ -285,7 +285,7 @@ class ReadingPropose(Propose, Protocol):
         """Whether the other methods may be called in place of `step`."""
         ...
 
-    def noise(self, keys: Key[Array, "B"], block_length: int) -> Noise | None:
+    def noise(self, keys: Key[Array, " B"], block_length: int) -> Noise | None:
         """What the query needs to draw; None to propose the most probable token."""
         ...
 
@@ -312,7 +312,7 @@ class Strategy(Protocol):
 
     def step(
         self,
-        keys: Key[Array, "B"],
+        keys: Key[Array, " B"],
         candidates: Candidates,
         is_masked: Bool[Array, "B L"],
         info: StepInfo,
@@ -368,7 +368,7 @@ class StopRule(Protocol):
 
     def step(
         self, tokens: Int[Array, "B T"], is_open: Bool[Array, "B T"], is_masked: Bool[Array, "B T"], info: StepInfo
-    ) -> Bool[Array, "B"] | Int[Array, "B"]:
+    ) -> Bool[Array, " B"] | Int[Array, " B"]:
         """True for rows to stop, or k to stop for the k-th of several reasons (from 1); 0 and False go on.
 
         `is_open` marks generated positions, pinned ones do not count.
@@ -379,7 +379,7 @@ class StopRule(Protocol):
         """Tokens that end a sequence: a row's length counts up to the first generated one."""
         ...
 
-    def fill(self) -> Int[Array, ""] | Int[Array, "reasons"] | None:
+    def fill(self) -> Int[Array, ""] | Int[Array, " reasons"] | None:
         """Token that fills a stopped row's remaining masked positions, or one for each of the reasons.
 
         None, and -1 for a reason, leave them masked.

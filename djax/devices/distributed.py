@@ -186,7 +186,7 @@ def _made(make: Callable[[], Any]) -> tuple[int, bytes, Exception | None]:
         return _FAILED, message.encode()[:_LONGEST_MESSAGE], error
 
 
-def _header(state: int, payload: bytes, same: Mapping[str, Any]) -> Int[np.ndarray, "H"]:
+def _header(state: int, payload: bytes, same: Mapping[str, Any]) -> Int[np.ndarray, " H"]:
     """State, length, digest, and a digest for every value that must be the same."""
     if len(same) > _MOST_NAMES:
         raise ArgumentError("same", f"{len(same)} names", allowed=f"at most {_MOST_NAMES}")

@@ -154,7 +154,7 @@ class Program:
 
     def abstract(
         self, denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], parts: Parts,
-        rows: Int[Array, "B"],
+        rows: Int[Array, " B"],
     ) -> tuple[Any, ...]:
         """The arguments of `denoise` as shapes with shardings, for `lower`: for devices that are not here."""
         if self.mesh is None:
@@ -209,7 +209,7 @@ class Program:
 
     def _denoise(
         self, denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], parts: Parts,
-        rows: Int[Array, "B"],
+        rows: Int[Array, " B"],
     ) -> Result:
         def run(
             denoiser: Denoiser, params: Params, canvas: Canvas, key: Array, parts: Parts, rows: Array
@@ -222,7 +222,7 @@ class Program:
 
     def _begin(
         self, denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], parts: Parts,
-        rows: Int[Array, "B"],
+        rows: Int[Array, " B"],
     ) -> tuple[DenoiseState, Bool[Array, ""]]:
         def run(
             denoiser: Denoiser, params: Params, canvas: Canvas, key: Array, parts: Parts, rows: Array

@@ -36,7 +36,7 @@ def tokens_per_second(lengths: ArrayLike, seconds: float) -> float:
 
 
 def generated_length(
-    tokens: Int[np.ndarray, "T"], is_open: Bool[np.ndarray, "T"], is_masked: Bool[np.ndarray, "T"],
+    tokens: Int[np.ndarray, " T"], is_open: Bool[np.ndarray, " T"], is_masked: Bool[np.ndarray, " T"],
     eos_ids: Sequence[int], *, done: bool,
 ) -> int:
     """How many tokens of a row TPF counts: its completion's, or while it is at work what is decoded up to an EOS."""
@@ -64,7 +64,7 @@ class Generation(_Compared):
 
     text: list[str] | None
     """The completions, trimmed at the first EOS; None without a tokenizer."""
-    tokens: list[Int[np.ndarray, "length"]]
+    tokens: list[Int[np.ndarray, " length"]]
     """The completions up to and including the first EOS, or up to the first position still masked."""
     canvas: Int[np.ndarray, "B T"]
     """Untrimmed: left padding, prompt, every generated position, right padding."""
@@ -74,13 +74,13 @@ class Generation(_Compared):
     """Positions that were to be generated."""
     is_masked: Bool[np.ndarray, "B T"]
     """Positions never decoded (a row that ended with "nan" or "max_steps")."""
-    lengths: Int[np.ndarray, "B"]
+    lengths: Int[np.ndarray, " B"]
     """`len` of each of `tokens`."""
-    nfe: Int[np.ndarray, "B"]
+    nfe: Int[np.ndarray, " B"]
     """Forwards of the network while the row was active."""
-    steps: Int[np.ndarray, "B"]
+    steps: Int[np.ndarray, " B"]
     """Denoising steps of the row."""
-    refreshes: Int[np.ndarray, "B"]
+    refreshes: Int[np.ndarray, " B"]
     """How many steps recomputed the whole canvas."""
     stop_reason: list[str]
     """"length", "eos", "nan" or "max_steps" per row, or a reason of the recipe's own stop rule; "interrupted" for one
@@ -91,7 +91,7 @@ class Generation(_Compared):
     """log-probability of each committed token under the distribution it was drawn from; 0 elsewhere."""
 
     @property
-    def tokens_per_forward(self) -> Float[np.ndarray, "B"]:
+    def tokens_per_forward(self) -> Float[np.ndarray, " B"]:
         """TPF of each row, see `tokens_per_forward`."""
         return tokens_per_forward(self.lengths, self.nfe)
 
@@ -143,23 +143,23 @@ class StreamStep(_Compared):
     """Positions that were to be generated."""
     generated: slice
     """Canvas columns from the first open position on."""
-    committed: list[Int[np.ndarray, "n"]]
+    committed: list[Int[np.ndarray, " n"]]
     """Tokens of each row that became final: those of blocks finished since the last step, up to the EOS."""
     text: list[str] | None
     """Text of `committed`, never half a character; None without a tokenizer."""
-    draft: list[Int[np.ndarray, "n"]]
+    draft: list[Int[np.ndarray, " n"]]
     """Each row's open region as it stands after its final tokens, the mask id where it is masked."""
     block: int
     """Block that the last step worked on."""
-    nfe: Int[np.ndarray, "B"]
-    done: Bool[np.ndarray, "B"]
+    nfe: Int[np.ndarray, " B"]
+    done: Bool[np.ndarray, " B"]
     eos_ids: tuple[int, ...] = ()
     """What ends a row's text."""
     draft_text: list[str] | None = None
     """Text of `draft` without its masked positions; None without a tokenizer."""
 
     @property
-    def lengths(self) -> Int[np.ndarray, "B"]:
+    def lengths(self) -> Int[np.ndarray, " B"]:
         """Generated tokens of each row so far, up to and including the first EOS: what fills a row is not counted."""
         at_work = (self.is_masked & self.is_open).any(-1) & ~self.done
         return np.asarray([
@@ -185,9 +185,9 @@ class Streamer(Protocol):
 
 
 def completion(
-    tokens: Int[np.ndarray, "T"], is_open: Bool[np.ndarray, "T"], is_masked: Bool[np.ndarray, "T"],
+    tokens: Int[np.ndarray, " T"], is_open: Bool[np.ndarray, " T"], is_masked: Bool[np.ndarray, " T"],
     eos_ids: Sequence[int],
-) -> Int[np.ndarray, "length"]:
+) -> Int[np.ndarray, " length"]:
     """Open positions' tokens up to and including the first EOS, or up to the first position still masked."""
     row, masked = tokens[is_open], is_masked[is_open]
     stop = int(masked.argmax()) if masked.any() else len(row)
@@ -265,7 +265,7 @@ class StreamReader:
             draft=[tokens[row][here] for row, here in enumerate(ahead)], draft_text=drafts,
             block=int(got.block), nfe=nfe, done=done, eos_ids=tuple(self._eos_ids))
 
-    def _final(self, row: int, tokens: np.ndarray, is_masked: np.ndarray, done: bool) -> Int[np.ndarray, "n"]:
+    def _final(self, row: int, tokens: np.ndarray, is_masked: np.ndarray, done: bool) -> Int[np.ndarray, " n"]:
         """Tokens of the row's finished blocks; a position of an unfinished one might still be reopened."""
         open_here, masked = self._is_open[row], is_masked[row].copy()
         if not done and masked.any():
@@ -289,5 +289,5 @@ def feed(streamer: Streamer, canvas: Canvas, steps: Iterator[StreamStep]) -> Ite
     streamer.end()
 
 
-def _without_eos(row: Int[np.ndarray, "n"], eos_ids: Sequence[int]) -> Int[np.ndarray, "n"]:
+def _without_eos(row: Int[np.ndarray, " n"], eos_ids: Sequence[int]) -> Int[np.ndarray, " n"]:
     return row[~np.isin(row, np.asarray(eos_ids))]

@@ -26,7 +26,7 @@ class Run:
 
     def __init__(
         self, program: Program, denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], parts: Parts,
-        rows: Int[Array, "B"],
+        rows: Int[Array, " B"],
     ) -> None:
         self._program, self._denoiser, self._params, self._canvas, self._parts = (
             program, denoiser, check_alive(params), canvas, parts)

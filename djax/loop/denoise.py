@@ -40,7 +40,7 @@ def denoise(
     propose: Propose = Greedy(),
     smoothing: Smoothing = HardTokens(),
     stop_rule: StopRule = Never(),
-    row_ids: Int[Array, "B"] | None = None,
+    row_ids: Int[Array, " B"] | None = None,
 ) -> Result:
     """Decode every open position of a canvas, blocks from left to right.
 
@@ -74,7 +74,7 @@ def denoise(
 
 def _denoise(
     denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], parts: Parts,
-    row_ids: Int[Array, "B"] | None,
+    row_ids: Int[Array, " B"] | None,
 ) -> Result:
     state = begin(denoiser, params, canvas, key, parts=parts, row_ids=row_ids)
     state = advance(denoiser, params, canvas, state, parts=parts)
@@ -86,7 +86,7 @@ _program = jax.jit(_denoise)
 
 def begin(
     denoiser: Denoiser, params: Params, canvas: Canvas, key: int | Key[Array, ""], *, parts: Parts,
-    row_ids: Int[Array, "B"] | None = None,
+    row_ids: Int[Array, " B"] | None = None,
 ) -> DenoiseState:
     """The state before the first step."""
     batch, length = canvas.tokens.shape

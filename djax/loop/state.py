@@ -74,19 +74,19 @@ class DenoiseState:
     cache: Cache | None
     transform: PartState
     strategy: PartState
-    row_keys: Key[Array, "B"]
+    row_keys: Key[Array, " B"]
     block: Int[Array, ""]
     """Block being decoded, -1 before the first step."""
     blocks_entered: Int[Array, ""]
     step_in_block: Int[Array, ""]
     iterations: Int[Array, ""]
-    step: Int[Array, "B"]
-    nfe: Int[Array, "B"]
-    refreshes: Int[Array, "B"]
+    step: Int[Array, " B"]
+    nfe: Int[Array, " B"]
+    refreshes: Int[Array, " B"]
     commit_step: Int[Array, "B T"]
     log_prob: Float[Array, "B T"]
-    done: Bool[Array, "B"]
-    stop_reason: Int[Array, "B"]
+    done: Bool[Array, " B"]
+    stop_reason: Int[Array, " B"]
 
 
 @struct.dataclass
@@ -103,15 +103,15 @@ class Result:
     """The row's step (from 0) at which the position was committed; -1 for pinned, filled and masked ones."""
     log_prob: Float[Array, "B T"]
     """log-probability of the committed token under the distribution it was drawn from; 0 elsewhere."""
-    lengths: Int[Array, "B"]
+    lengths: Int[Array, " B"]
     """Tokens from a row's first open position up to and including the first generated EOS, or to its end."""
-    nfe: Int[Array, "B"]
+    nfe: Int[Array, " B"]
     """Forwards of the network while the row was active, full or windowed."""
-    steps: Int[Array, "B"]
+    steps: Int[Array, " B"]
     """Denoising steps of the row."""
-    refreshes: Int[Array, "B"]
+    refreshes: Int[Array, " B"]
     """How many of the steps recomputed the whole canvas."""
-    stop_reason: Int[Array, "B"]
+    stop_reason: Int[Array, " B"]
     """A `StopReason` per row, or from 4 on one of the stop rule's own (`stop_reasons`)."""
 
 
@@ -120,12 +120,12 @@ class Progress(NamedTuple):
 
     tokens: Int[Array, "B T"]
     is_masked: Bool[Array, "B T"]
-    done: Bool[Array, "B"]
-    nfe: Int[Array, "B"]
+    done: Bool[Array, " B"]
+    nfe: Int[Array, " B"]
     block: Int[Array, ""]
     iterations: Int[Array, ""]
-    step: Int[Array, "B"]
-    refreshes: Int[Array, "B"]
+    step: Int[Array, " B"]
+    refreshes: Int[Array, " B"]
     commit_step: Int[Array, "B T"]
     log_prob: Float[Array, "B T"]
-    stop_reason: Int[Array, "B"]
+    stop_reason: Int[Array, " B"]

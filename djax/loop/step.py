@@ -43,7 +43,7 @@ class Outlook(NamedTuple):
     candidates: Candidates
     transform: PartState
     """The transform's next state."""
-    is_nan: Bool[Array, "B"]
+    is_nan: Bool[Array, " B"]
     """Rows with a NaN among their logits."""
     expected: Float[Array, "B W D"] | None
     """Expected embeddings of the window's positions, if smoothing asks for them."""
@@ -96,7 +96,7 @@ def work_left(canvas: Canvas, state: DenoiseState) -> Bool[Array, "B N"]:
 
 def enter_block(
     canvas: Canvas, parts: Parts, state: DenoiseState
-) -> tuple[DenoiseState, StepInfo, Bool[Array, "B"]]:
+) -> tuple[DenoiseState, StepInfo, Bool[Array, " B"]]:
     """Find the first block with work left; on a new one reset the parts' states. Also: the rows at work."""
     length = canvas.block_length
     work = work_left(canvas, state)
@@ -118,7 +118,7 @@ def enter_block(
 
 def _forward(
     denoiser: Denoiser, params: Params, canvas: Canvas, positions: Positions, state: DenoiseState, plan: Plan,
-    active: Bool[Array, "B"], *, start: Int[Array, ""], width: int,
+    active: Bool[Array, " B"], *, start: Int[Array, ""], width: int,
 ) -> tuple[Hidden, Cache | None, Bool[Array, "B T"]]:
     """The window's hidden states, the cache, and which positions were recomputed."""
     column = jnp.arange(canvas.length, dtype=jnp.int32)[None]
@@ -139,7 +139,7 @@ def _reads(part: Any) -> bool:
 
 def read_head(
     denoiser: Denoiser, params: Params, parts: Parts, hidden: Hidden, state: DenoiseState, info: StepInfo,
-    keys: Key[Array, "B"], *, offset: Int[Array, ""], block_length: int,
+    keys: Key[Array, " B"], *, offset: Int[Array, ""], block_length: int,
 ) -> Outlook:
     """What a head that is asked for a reading says; the block is at `offset` in the window."""
     transform, propose = cast(ReadingTransform, parts.transform), cast(ReadingPropose, parts.propose)
@@ -181,7 +181,7 @@ def _read(
 
 def read_logits(
     denoiser: Denoiser, params: Params, parts: Parts, hidden: Hidden, state: DenoiseState, info: StepInfo,
-    keys: Key[Array, "B"], *, offset: Int[Array, ""], block_length: int,
+    keys: Key[Array, " B"], *, offset: Int[Array, ""], block_length: int,
 ) -> Outlook:
     """The same from all logits of the block: what any denoiser, transform and proposal can do."""
     tokens, is_masked = (_columns(array, info.block_start, block_length) for array in (state.tokens, state.is_masked))
@@ -217,8 +217,8 @@ def _logits(
 
 
 def _decide(
-    canvas: Canvas, parts: Parts, state: DenoiseState, info: StepInfo, candidates: Candidates, keys: Key[Array, "B"],
-    working: Bool[Array, "B"],
+    canvas: Canvas, parts: Parts, state: DenoiseState, info: StepInfo, candidates: Candidates, keys: Key[Array, " B"],
+    working: Bool[Array, " B"],
 ) -> DenoiseState:
     """Ask the strategy, and write the block."""
     block = partial(_columns, start=info.block_start, width=canvas.block_length)
@@ -238,7 +238,7 @@ def _decide(
         log_prob=put(state.log_prob, candidates.log_prob, 0.0))
 
 
-def _allowed(decision: Decision, info: StepInfo, working: Bool[Array, "B"]) -> Decision:
+def _allowed(decision: Decision, info: StepInfo, working: Bool[Array, " B"]) -> Decision:
     """A decision without pinned positions and frozen rows; committing wins over reopening."""
     may = info.is_open & working[:, None]
     commit = decision.commit & may
@@ -246,7 +246,7 @@ def _allowed(decision: Decision, info: StepInfo, working: Bool[Array, "B"]) -> D
 
 
 def _stop(
-    canvas: Canvas, parts: Parts, state: DenoiseState, info: StepInfo, working: Bool[Array, "B"]
+    canvas: Canvas, parts: Parts, state: DenoiseState, info: StepInfo, working: Bool[Array, " B"]
 ) -> DenoiseState:
     """End rows whose finished block asks for it, and rows whose block ran out of steps."""
     masked = _columns(state.is_masked, info.block_start, canvas.block_length).any(-1)

@@ -100,13 +100,13 @@ def rotate_first(x: Float[Array, "B W H K"], rotation: Rotation) -> Float[Array,
     return jnp.concatenate([rotate(x[..., :width], rotation), x[..., width:]], axis=-1)
 
 
-def block_origin(key_mask: Bool[Array, "B T"], block_length: int) -> Int[Array, "B"]:
+def block_origin(key_mask: Bool[Array, "B T"], block_length: int) -> Int[Array, " B"]:
     """A canvas position at which each row's blocks begin, in [0, L): that of its first key, modulo L."""
     return lax.argmax(key_mask, 1, jnp.int32) % block_length
 
 
 def block_causal(
-    key_mask: Bool[Array, "B T"], *, start: Int[Array, ""], width: int, block_length: int, origin: Int[Array, "B"]
+    key_mask: Bool[Array, "B T"], *, start: Int[Array, ""], width: int, block_length: int, origin: Int[Array, " B"]
 ) -> Bool[Array, "B w T"]:
     """Which keys each of `width` queries sees, the first of which stands at `start`: its own block and all before."""
     position = start + jnp.arange(width, dtype=jnp.int32)[None] - origin[:, None]

@@ -35,7 +35,7 @@ def from_heads(x: Float[Array, "B W H K"], weight: Float[Array, "D H K"]) -> Flo
     return contract("bwn,dn->bwd", x.reshape(batch, window, heads * width), weight.reshape(-1, heads * width))
 
 
-def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], *, eps: float) -> Float[Array, "... D"]:
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], *, eps: float) -> Float[Array, "... D"]:
     """Root mean square norm (arXiv 1910.07467): the variance in float32, the weight applied in x's dtype."""
     wide = x.astype(jnp.float32)
     variance = jnp.mean(wide * wide, axis=-1, keepdims=True)

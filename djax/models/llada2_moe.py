@@ -30,7 +30,7 @@ TINY = 1e-20
 
 
 def route_in_groups(
-    logits: Float[Array, "M E"], bias: Float[Array, "E"], *, experts_per_token: int, num_groups: int,
+    logits: Float[Array, "M E"], bias: Float[Array, " E"], *, experts_per_token: int, num_groups: int,
     groups_per_token: int, scale: float,
 ) -> tuple[Int[Array, "M k"], Float[Array, "M k"]]:
     """Experts of each row and their weights, as DeepSeek-V3 routes (arXiv 2412.19437, 2.1.2).

@@ -16,7 +16,7 @@ from djax.models.layers import contract
 
 def _chunk(
     head: Float[Array, "V D"], start: Int[Array, ""], size: int
-) -> tuple[Float[Array, "C D"], Int[Array, "C"], Int[Array, ""]]:
+) -> tuple[Float[Array, "C D"], Int[Array, " C"], Int[Array, ""]]:
     """Rows of the head, their ids (-1 where an earlier chunk had them), and the first one's row.
 
     The last chunk overlaps its neighbour: all have one shape.
@@ -32,20 +32,20 @@ def _logits(hidden: Array, rows: Array, ids: Array, forbidden: Forbidden) -> Flo
     return jnp.where(dropped[None], -jnp.inf, logits)
 
 
-def _starts(head: Array, size: int) -> Int[Array, "chunks"]:
+def _starts(head: Array, size: int) -> Int[Array, " chunks"]:
     return jnp.arange(0, head.shape[0], size, dtype=jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _log_probs(
     hidden: Array, head: Array, tokens: Array, temperature: Array, forbidden: Forbidden, size: int
-) -> Float[Array, "M"]:
+) -> Float[Array, " M"]:
     return _forward(hidden, head, tokens, temperature, forbidden, size)[0]
 
 
 def _forward(
     hidden: Array, head: Array, tokens: Array, temperature: Array, forbidden: Forbidden, size: int
-) -> tuple[Float[Array, "M"], tuple[Any, ...]]:
+) -> tuple[Float[Array, " M"], tuple[Any, ...]]:
     def add(carry: tuple[Array, Array, Array], start: Array) -> tuple[tuple[Array, Array, Array], None]:
         largest, total, chosen = carry
         rows, ids, _ = _chunk(head, start, size)
@@ -65,7 +65,7 @@ def _forward(
 
 
 def _backward(
-    size: int, residuals: tuple[Any, ...], cotangent: Float[Array, "M"]
+    size: int, residuals: tuple[Any, ...], cotangent: Float[Array, " M"]
 ) -> tuple[Array, Array, None, Array, None]:
     hidden, head, tokens, temperature, forbidden, largest, total = residuals
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from djax.contracts.cache import KVCache
+from djax.contracts.cache import KVCache, LayerCache
 from djax.contracts.types import HeadQuery, Reading
 from djax.devices.parallel import Parallel
 from djax.models.attention import Attention

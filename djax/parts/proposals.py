@@ -27,11 +27,11 @@ class Greedy:
         """True."""
         return True
 
-    def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
+    def step(self, keys: Key[Array, " B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """Candidates with their probability and log-prob at temperature 1."""
         return _candidates(logits, first_argmax(logits), tokens, jnp.float32(1.0))
 
-    def noise(self, keys: Key[Array, "B"], block_length: int) -> Noise | None:
+    def noise(self, keys: Key[Array, " B"], block_length: int) -> Noise | None:
         """None."""
         return None
 
@@ -68,7 +68,7 @@ class Sample:
         """Whether nothing looks at all of the vocabulary."""
         return not self.filters
 
-    def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
+    def step(self, keys: Key[Array, " B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """Candidates with their probability at temperature 1 and log-prob at the sampling temperature."""
         temperature = jnp.asarray(self.temperature, jnp.float32)
         kept = logits
@@ -93,7 +93,7 @@ class Sample:
             return candidates
         return dataclasses.replace(candidates, confidence=jnp.exp(candidates.log_prob))
 
-    def noise(self, keys: Key[Array, "B"], block_length: int) -> Noise | None:
+    def noise(self, keys: Key[Array, " B"], block_length: int) -> Noise | None:
         """The noise of every position, from the same words as in `step`."""
         return Noise(temperature=jnp.asarray(self.temperature, jnp.float32), keys=noise_keys(keys, block_length))
 
@@ -121,11 +121,11 @@ class RefuseToken:
         """Whether the inner one does."""
         return getattr(self.propose, "reads", False)
 
-    def step(self, keys: Key[Array, "B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
+    def step(self, keys: Key[Array, " B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """The inner candidates, with confidence -inf where the token is refused."""
         return self._refuse(self.propose.step(keys, logits, tokens))
 
-    def noise(self, keys: Key[Array, "B"], block_length: int) -> Noise | None:
+    def noise(self, keys: Key[Array, " B"], block_length: int) -> Noise | None:
         """The inner one's."""
         return self.propose.noise(keys, block_length)  # type: ignore[attr-defined]
 
@@ -138,7 +138,7 @@ class RefuseToken:
         return dataclasses.replace(candidates, confidence=jnp.where(refused, -jnp.inf, candidates.confidence))
 
 
-def noise_keys(keys: Key[Array, "B"], block_length: int) -> UInt32[Array, "B L 2"]:
+def noise_keys(keys: Key[Array, " B"], block_length: int) -> UInt32[Array, "B L 2"]:
     """Two random words for every position of each row, from the row's key."""
     return jax.vmap(lambda key: jax.random.bits(key, (block_length, 2), jnp.uint32))(keys)
 

@@ -21,7 +21,7 @@ class Constant:
     def __post_init__(self) -> None:
         check_number("value", self.value)
 
-    def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
+    def __call__(self, step: Int[Array, " B"]) -> Float[Array, " B"]:
         """Value at `step` (a row's denoising steps so far, from 0), float32."""
         return jnp.broadcast_to(jnp.asarray(self.value, jnp.float32), step.shape)
 
@@ -47,7 +47,7 @@ class Linear:
             if not (isinstance(bound, float | np.floating) and math.isinf(bound)):
                 check_number(name, bound)
 
-    def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
+    def __call__(self, step: Int[Array, " B"]) -> Float[Array, " B"]:
         """Value at `step`, float32."""
         value = jnp.asarray(self.start, jnp.float32) + jnp.asarray(self.slope, jnp.float32) * step.astype(jnp.float32)
         return jnp.clip(value, jnp.asarray(self.minimum, jnp.float32), jnp.asarray(self.maximum, jnp.float32))
@@ -66,7 +66,7 @@ class Cosine:
         check_number("end", self.end)
         check_number("steps", self.steps, 0.0, above=True)
 
-    def __call__(self, step: Int[Array, "B"]) -> Float[Array, "B"]:
+    def __call__(self, step: Int[Array, " B"]) -> Float[Array, " B"]:
         """Value at `step`, float32."""
         progress = jnp.clip(step.astype(jnp.float32) / jnp.asarray(self.steps, jnp.float32), 0.0, 1.0)
         start, end = jnp.asarray(self.start, jnp.float32), jnp.asarray(self.end, jnp.float32)

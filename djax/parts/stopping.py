@@ -21,7 +21,7 @@ class Never:
 
     def step(
         self, tokens: Int[Array, "B T"], is_open: Bool[Array, "B T"], is_masked: Bool[Array, "B T"], info: StepInfo
-    ) -> Bool[Array, "B"]:
+    ) -> Bool[Array, " B"]:
         """False for every row."""
         return jnp.zeros(tokens.shape[0], bool)
 
@@ -41,7 +41,7 @@ class OnEos:
     Only generated tokens count: an EOS in the prompt stops nothing.
     """
 
-    eos_ids: Int[Array, "n"] | Int[np.ndarray, "n"]
+    eos_ids: Int[Array, " n"] | Int[np.ndarray, " n"]
     reasons: ClassVar[tuple[str, ...]] = ("eos",)
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class OnEos:
 
     def step(
         self, tokens: Int[Array, "B T"], is_open: Bool[Array, "B T"], is_masked: Bool[Array, "B T"], info: StepInfo
-    ) -> Bool[Array, "B"]:
+    ) -> Bool[Array, " B"]:
         """Rows that hold a committed EOS."""
         return (self.ends(tokens) & is_open & ~is_masked).any(-1)
 
@@ -75,7 +75,7 @@ class AnyOf:
 
     def step(
         self, tokens: Int[Array, "B T"], is_open: Bool[Array, "B T"], is_masked: Bool[Array, "B T"], info: StepInfo
-    ) -> Int[Array, "B"]:
+    ) -> Int[Array, " B"]:
         """Which of the reasons, from 1; 0 for rows that go on."""
         why, before = jnp.zeros(tokens.shape[0], jnp.int32), 0
         for rule in self.rules:
@@ -91,7 +91,7 @@ class AnyOf:
             found |= rule.ends(tokens)
         return found
 
-    def fill(self) -> Int[Array, "reasons"] | None:
+    def fill(self) -> Int[Array, " reasons"] | None:
         """Each rule's token for its own reasons; -1 for those of a rule without one."""
         tokens = [jnp.broadcast_to(jnp.asarray(-1 if rule.fill() is None else rule.fill(), jnp.int32),
                                    len(rule.reasons)) for rule in self.rules]

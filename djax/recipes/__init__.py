@@ -11,7 +11,7 @@ from typing import Literal
 
 from jaxtyping import Array, Float, Int
 
-from djax.contracts.types import CachePolicy, Smoothing
+from djax.contracts.types import CachePolicy, Smoothing, Strategy
 from djax.errors import ArgumentError, check_choice, check_integer, check_number, shown
 from djax.loop.state import Parts
 from djax.models.config import ModelConfig

@@ -64,7 +64,7 @@ def k2(log_probs: Float[Array, "*n"], reference: Float[Array, "*n"]) -> Float[Ar
 
 def grpo_loss(
     log_probs: Float[Array, "B T"],
-    advantages: Float[Array, "B"] | Float[Array, "B T"],
+    advantages: Float[Array, " B"] | Float[Array, "B T"],
     *,
     mask: Bool[Array, "B T"],
     old: Float[Array, "B T"] | None = None,
@@ -106,7 +106,7 @@ def grpo_loss(
 
 def diffu_grpo_loss(
     log_probs: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, " B"],
     *,
     mask: Bool[Array, "B T"],
     old: Float[Array, "B T"] | None = None,
@@ -127,7 +127,7 @@ def diffu_grpo_loss(
 
 def coupled_grpo_loss(
     log_probs: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, " B"],
     *,
     mask: Bool[Array, "B T"],
     old: Float[Array, "B T"] | None = None,
@@ -148,7 +148,7 @@ def coupled_grpo_loss(
 
 def just_grpo_loss(
     log_probs: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, " B"],
     *,
     mask: Bool[Array, "B T"],
     old: Float[Array, "B T"] | None = None,
@@ -169,7 +169,7 @@ def just_grpo_loss(
 
 def trace_grpo_loss(
     log_probs: Float[Array, "B T"],
-    advantages: Float[Array, "B"] | Float[Array, "B T"],
+    advantages: Float[Array, " B"] | Float[Array, "B T"],
     *,
     mask: Bool[Array, "B T"],
     commit_step: Int[Array, "B T"] | None = None,
@@ -209,12 +209,12 @@ def trace_grpo_loss(
 
 
 def gdpo_loss(
-    elbos: Float[Array, "B"],
-    advantages: Float[Array, "B"],
+    elbos: Float[Array, " B"],
+    advantages: Float[Array, " B"],
     *,
-    lengths: Int[Array, "B"],
-    old: Float[Array, "B"] | None = None,
-    reference: Float[Array, "B"] | None = None,
+    lengths: Int[Array, " B"],
+    old: Float[Array, " B"] | None = None,
+    reference: Float[Array, " B"] | None = None,
     beta: Number = 0.0,
     clip_low: Number = 0.2,
     clip_high: Number = 0.2,
@@ -246,12 +246,12 @@ def gdpo_loss(
 
 
 def espo_loss(
-    elbos: Float[Array, "B"],
-    advantages: Float[Array, "B"],
+    elbos: Float[Array, " B"],
+    advantages: Float[Array, " B"],
     *,
-    lengths: Int[Array, "B"],
-    old: Float[Array, "B"] | None = None,
-    reference: Float[Array, "B"] | None = None,
+    lengths: Int[Array, " B"],
+    old: Float[Array, " B"] | None = None,
+    reference: Float[Array, " B"] | None = None,
     beta: Number = 0.0,
     clip_low: Number = 0.2,
     clip_high: Number = 0.2,
@@ -310,7 +310,7 @@ def _token_loss(
 
 
 def _sequence_inputs(
-    elbos: Array, old: Array | None, reference: Array | None, counted: Bool[Array, "B"]
+    elbos: Array, old: Array | None, reference: Array | None, counted: Bool[Array, " B"]
 ) -> tuple[Array, Array, Array | None]:
     elbos = jnp.where(counted, elbos, 0.0)
     old = jax.lax.stop_gradient(elbos if old is None else jnp.where(counted, old, 0.0))

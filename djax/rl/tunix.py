@@ -290,7 +290,7 @@ class TraceExample(common.TrainExample):
 
     @classmethod
     def of(
-        cls, rollout: Rollout, states: MaskedStates, *, advantages: Float[np.ndarray, "B"], old: Array | None,
+        cls, rollout: Rollout, states: MaskedStates, *, advantages: Float[np.ndarray, " B"], old: Array | None,
         reference: Array | None,
     ) -> TraceExample:
         """The example of some rollouts. `old` and `reference` are log-probs at the same states, [B, T]."""
@@ -405,7 +405,7 @@ def trace_policy_loss(
 
 
 @function_registry.register_advantage_estimator(GROUP_ADVANTAGES)
-def grouped_advantages(rewards: Float[np.ndarray, "B"], num_generations: int) -> Float[np.ndarray, "B"]:
+def grouped_advantages(rewards: Float[np.ndarray, " B"], num_generations: int) -> Float[np.ndarray, " B"]:
     """`group_advantages` as Tunix calls an estimator: rewards that are not finite say nothing, and spoil nothing."""
     return np.asarray(group_advantages(jnp.asarray(rewards, jnp.float32), num_generations))
 

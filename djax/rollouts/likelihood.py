@@ -38,7 +38,7 @@ def log_likelihood(
     micro_batch: int | None = None,
     mask_id: int | None = None,
     vocab_chunk: int = 8192,
-) -> tuple[Float[np.ndarray, "B"], Float[np.ndarray, "B"]]:
+) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
     """Estimates of log p(target | prompt) in nats, and their standard errors.
 
     "stratified" and "fixed_k" are unbiased for a lower bound (LLaDA, arXiv 2502.09992, eq. 6). "gauss" has that bound's

@@ -144,7 +144,7 @@ def masked_states(
 
 @partial(jax.jit, static_argnames=("scheme", "count"))
 def _masked_states(
-    key: Key[Array, ""], row_ids: Int[Array, "B"], completion: Bool[Array, "B T"], is_open: Bool[Array, "B T"],
+    key: Key[Array, ""], row_ids: Int[Array, " B"], completion: Bool[Array, "B T"], is_open: Bool[Array, "B T"],
     valid: Bool[Array, "B T"], prompt_mask_probability: Float[Array, ""] | None, *, scheme: Scheme, count: int,
 ) -> MaskedStates:
     keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(key, row)))(row_ids)
@@ -156,12 +156,12 @@ def _masked_states(
     return MaskedStates(masks=masks, weights=draw.weights)
 
 
-def _one_step(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Draw:
+def _one_step(key: Key[Array, ""], completion: Bool[Array, " T"], count: int) -> _Draw:
     chosen = jnp.repeat(completion[None], count, axis=0)
     return _Draw(chosen, chosen.astype(jnp.float32) / count)
 
 
-def _coupled(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Draw:
+def _coupled(key: Key[Array, ""], completion: Bool[Array, " T"], count: int) -> _Draw:
     pairs = (count - 1) // 2
     ratio_key, mask_key = jax.random.split(key)
     low, high = COUPLED_RANGE
@@ -174,18 +174,18 @@ def _coupled(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _
     return _Draw(chosen, jnp.where(chosen, weight, 0.0) / (pairs + 1))
 
 
-def _fixed_k(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Draw:
+def _fixed_k(key: Key[Array, ""], completion: Bool[Array, " T"], count: int) -> _Draw:
     size_key, mask_key = jax.random.split(key)
     return _of_sizes(mask_key, completion, jax.random.uniform(size_key, (count,), jnp.float32))
 
 
-def _stratified(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Draw:
+def _stratified(key: Key[Array, ""], completion: Bool[Array, " T"], count: int) -> _Draw:
     size_key, mask_key = jax.random.split(key)
     within = jax.random.uniform(size_key, (count,), jnp.float32)
     return _of_sizes(mask_key, completion, (jnp.arange(count, dtype=jnp.float32) + within) / count)
 
 
-def _of_sizes(key: Key[Array, ""], completion: Bool[Array, "T"], place: Float[Array, "n"]) -> _Draw:
+def _of_sizes(key: Key[Array, ""], completion: Bool[Array, " T"], place: Float[Array, " n"]) -> _Draw:
     """Random sets of the sizes at `place` in 1..L, each size an equal part of [0, 1); weight L/size, divided by n."""
     length = completion.sum(dtype=jnp.int32)
     size = jnp.minimum((place * length.astype(jnp.float32)).astype(jnp.int32), length - 1) + 1
@@ -194,7 +194,7 @@ def _of_sizes(key: Key[Array, ""], completion: Bool[Array, "T"], place: Float[Ar
     return _Draw(chosen, jnp.where(chosen, weight[:, None], 0.0))
 
 
-def _gauss(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Draw:
+def _gauss(key: Key[Array, ""], completion: Bool[Array, " T"], count: int) -> _Draw:
     nodes, node_weights = np.polynomial.legendre.leggauss(count)
     time, share = (nodes + 1.0) / 2.0, node_weights / 2.0
     length = completion.sum(dtype=jnp.int32)
@@ -203,7 +203,7 @@ def _gauss(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Dr
     return _Draw(chosen, jnp.where(chosen, jnp.asarray(share / time, jnp.float32)[:, None], 0.0))
 
 
-def _autoregressive(key: Key[Array, ""], completion: Bool[Array, "T"], count: int) -> _Draw:
+def _autoregressive(key: Key[Array, ""], completion: Bool[Array, " T"], count: int) -> _Draw:
     place = (jnp.cumsum(completion, dtype=jnp.int32) - 1)[None]
     states = jnp.arange(count, dtype=jnp.int32)[:, None]
     everything = completion[None]
@@ -215,7 +215,7 @@ _SCHEMES = {"one_step": _one_step, "coupled": _coupled, "fixed_k": _fixed_k, "st
             "gauss": _gauss, "autoregressive": _autoregressive}
 
 
-def _random_sets(key: Key[Array, ""], completion: Bool[Array, "T"], size: Int[Array, "n"]) -> Bool[Array, "n T"]:
+def _random_sets(key: Key[Array, ""], completion: Bool[Array, " T"], size: Int[Array, " n"]) -> Bool[Array, "n T"]:
     """Uniformly random sets of `size` of the completion's positions."""
     number = jax.random.uniform(key, (size.size, completion.size), jnp.float32)
     number = jnp.where(completion[None], number, 2.0)

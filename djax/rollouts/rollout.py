@@ -168,7 +168,7 @@ def rollout_infill(
 
 
 def record(
-    canvas: Canvas, result: Result, *, parts: Parts, guided: bool = False, row_ids: Int[Array, "B"] | None = None,
+    canvas: Canvas, result: Result, *, parts: Parts, guided: bool = False, row_ids: Int[Array, " B"] | None = None,
 ) -> Rollout:
     """The rollout of a `djax.denoise` of your own: its canvas, its result, and the parts that it ran with.
 
@@ -283,7 +283,7 @@ def _of_generation(
 
 
 @partial(jax.jit, static_argnames="guided")
-def _record(canvas: Canvas, result: Result, parts: Parts, row_ids: Int[Array, "B"], *, guided: bool) -> Rollout:
+def _record(canvas: Canvas, result: Result, parts: Parts, row_ids: Int[Array, " B"], *, guided: bool) -> Rollout:
     return record(canvas, result, parts=parts, guided=guided, row_ids=row_ids)
 
 

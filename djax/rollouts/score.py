@@ -37,7 +37,7 @@ def score(
     vocab_chunk: int = 8192,
     reduce: Reduce = "token",
     remat: bool = True,
-) -> Float[Array, "B T"] | Float[Array, "B"] | Float[Array, "B n T"]:
+) -> Float[Array, "B T"] | Float[Array, " B"] | Float[Array, "B n T"]:
     """Weighted log-probs of a rollout's tokens at masked states, float32.
 
     Pure and traceable: differentiate it, jit it, run it on arrays split over a mesh with Auto or Explicit axes (XLA

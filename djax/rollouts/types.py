@@ -31,19 +31,19 @@ class Rollout:
     """Open positions that were never decoded (rows that ended with NAN or MAX_STEPS); they hold the mask id."""
     positions: Int[Array, "B T"]
     """Rotary positions, 0 at a row's first real token."""
-    lengths: Int[Array, "B"]
+    lengths: Int[Array, " B"]
     """Generated tokens that count: up to and including the first EOS, or up to the first position still masked."""
-    nfe: Int[Array, "B"]
+    nfe: Int[Array, " B"]
     """Forwards of the network while the row was active."""
-    steps: Int[Array, "B"]
+    steps: Int[Array, " B"]
     """Denoising steps of the row."""
-    stop_reason: Int[Array, "B"]
+    stop_reason: Int[Array, " B"]
     """A `djax.StopReason` per row."""
     commit_step: Int[Array, "B T"]
     """The row's step (from 0) that committed each position; -1 for pinned, filled and masked ones."""
     log_prob: Float[Array, "B T"]
     """float32 log-prob of each committed token under the distribution it was drawn from; 0 elsewhere."""
-    row_ids: Int[Array, "B"]
+    row_ids: Int[Array, " B"]
     """The identity of each row for random keys: what is drawn for a row stays the same when the rollout is cut."""
     mask_id: Int[Array, ""]
     """What a masked position feeds the model."""
@@ -81,13 +81,13 @@ class Rollout:
         found: Bool[Array, "B T"] = self.is_open & counted & ~self.is_masked
         return found
 
-    def take(self, rows: slice | Int[Array, "b"] | Int[np.ndarray, "b"]) -> Rollout:
+    def take(self, rows: slice | Int[Array, " b"] | Int[np.ndarray, " b"]) -> Rollout:
         """Some of the rows."""
         per_row = {field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)
                    if field.name in PER_ROW}
         return dataclasses.replace(self, **per_row)
 
-    def completions(self) -> list[Int[np.ndarray, "length"]]:
+    def completions(self) -> list[Int[np.ndarray, " length"]]:
         """The generated tokens that count, row by row, on the host; an EOS at the end is part of them."""
         tokens, counts = jax.device_get((self.tokens, self.is_completion))
         return [row[here] for row, here in zip(tokens, counts, strict=True)]
@@ -116,6 +116,6 @@ class MaskedStates:
         """n, the forwards that it takes at most: a state in which no row has any weight costs none."""
         return self.masks.shape[1]
 
-    def take(self, rows: slice | Int[Array, "b"] | Int[np.ndarray, "b"]) -> MaskedStates:
+    def take(self, rows: slice | Int[Array, " b"] | Int[np.ndarray, " b"]) -> MaskedStates:
         """Those of some of the rows."""
         return MaskedStates(masks=self.masks[rows], weights=self.weights[rows])

@@ -57,14 +57,14 @@ class Losses:
     """Mean squared log-sum-exp of the router's logits (arXiv 2202.08906, eq. 5)."""
 
 
-def spread_evenly(key: Key[Array, ""], rows: int) -> Float[Array, "B"]:
+def spread_evenly(key: Key[Array, ""], rows: int) -> Float[Array, " B"]:
     """A number from [0, 1) for each row, each uniform and all evenly spread (one uniform shift for all)."""
     return (jax.random.uniform(key, (), jnp.float32) + jnp.arange(rows, dtype=jnp.float32) / rows) % 1.0
 
 
 def sample_masks(
     key: Key[Array, ""], is_answer: Bool[Array, "B T"], *, smallest: float = SMALLEST_NOISE
-) -> tuple[Float[Array, "B"], Bool[Array, "B T"]]:
+) -> tuple[Float[Array, " B"], Bool[Array, "B T"]]:
     """A noise level t for every row and the positions masked at it, each answer token with probability t.
 
     Each t is uniform on [smallest, 1]. The rows' levels are spread evenly over it (one uniform shift for
@@ -77,8 +77,8 @@ def sample_masks(
 
 
 def row_losses(
-    log_probs: Float[Array, "B T"], masked: Bool[Array, "B T"], noise: Float[Array, "B"]
-) -> Float[Array, "B"]:
+    log_probs: Float[Array, "B T"], masked: Bool[Array, "B T"], noise: Float[Array, " B"]
+) -> Float[Array, " B"]:
     """-(1/t) * sum over masked positions of log p(token | rest), per row, in nats.
 
     Its mean over t ~ U(0, 1) and the masks is an upper bound on -log p(answer | prompt) (LLaDA, eq. 3 and 5).
@@ -140,7 +140,7 @@ def losses_at(
     params: Params,
     batch: Batch,
     masked: Bool[Array, "B T"],
-    rows: Callable[[Float[Array, "B T"]], Float[Array, "B"]],
+    rows: Callable[[Float[Array, "B T"]], Float[Array, " B"]],
     *,
     mask_id: int | Int[Array, ""],
     weights: LossWeights,

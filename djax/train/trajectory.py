@@ -46,7 +46,7 @@ def draw_states(
     first_key, second_key = jax.random.split(key)
     steps = jnp.max(jnp.where(is_answer, commit_step, NEVER), axis=1) + 1
 
-    def below(key: Key[Array, ""], limit: Int[Array, "B"]) -> Int[Array, "B"]:
+    def below(key: Key[Array, ""], limit: Int[Array, " B"]) -> Int[Array, " B"]:
         place = jax.random.uniform(key, limit.shape, jnp.float32) * limit.astype(jnp.float32)
         return jnp.floor(place).astype(jnp.int32)
 

@@ -95,7 +95,7 @@ def _tile_spans(
     return jnp.stack(jnp.broadcast_arrays(start, jnp.maximum(pl.cdiv(ends, plan.key_tile), start)), axis=-1)
 
 
-def _limit_rows(key_limit: Int[Array, "W"], plan: Plan) -> Int[Array, "tiles rows"]:
+def _limit_rows(key_limit: Int[Array, " W"], plan: Plan) -> Int[Array, "tiles rows"]:
     """Limits in the order of a block's rows: all its queries for one head, then for the next."""
     padded = jnp.pad(key_limit.astype(jnp.int32), (0, plan.query_tiles * plan.queries - len(key_limit)))
     return jnp.tile(padded.reshape(plan.query_tiles, plan.queries), (1, plan.fold))
@@ -263,7 +263,7 @@ def attention_mosaic_gpu(
     key: Float[Array, "B T G K"],
     value: Float[Array, "B T G K"],
     key_mask: Bool[Array, "B T"],
-    key_limit: Int[Array, "W"] | None,
+    key_limit: Int[Array, " W"] | None,
     *,
     plan: Plan | None = None,
     interpret: bool = False,

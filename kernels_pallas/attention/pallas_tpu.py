@@ -25,7 +25,7 @@ def attention_pallas_tpu(
     key: Float[Array, "B T H K"],
     value: Float[Array, "B T H K"],
     key_mask: Bool[Array, "B T"],
-    key_limit: Int[Array, "W"] | None,
+    key_limit: Int[Array, " W"] | None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B W H K"]:

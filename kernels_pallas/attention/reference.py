@@ -8,8 +8,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def visible_keys(
-    key_mask: Bool[Array, "B T"] | Bool[Array, "B W T"], key_limit: Int[Array, "W"] | None
-) -> Bool[Array, "B #W T"]:
+    key_mask: Bool[Array, "B T"] | Bool[Array, "B W T"], key_limit: Int[Array, " W"] | None
+) -> Bool[Array, " B #W T"]:
     """Which keys each query sees: one row for all queries where they see the same."""
     mask = key_mask[:, None] if key_mask.ndim == 2 else key_mask
     if key_limit is None:
@@ -22,7 +22,7 @@ def attention_reference(
     key: Float[Array, "B T G K"],
     value: Float[Array, "B T G K"],
     key_mask: Bool[Array, "B T"] | Bool[Array, "B W T"],
-    key_limit: Int[Array, "W"] | None,
+    key_limit: Int[Array, " W"] | None,
 ) -> Float[Array, "B W H K"]:
     """See `kernels_pallas.attention`; query w sees only keys before `key_limit[w]`. Holds [B, H, W, T] scores."""
     mask = visible_keys(key_mask, key_limit)[:, None]

@@ -18,7 +18,7 @@ def attention_xla(
     key: Float[Array, "B T G K"],
     value: Float[Array, "B T G K"],
     key_mask: Bool[Array, "B T"] | Bool[Array, "B W T"],
-    key_limit: Int[Array, "W"] | None,
+    key_limit: Int[Array, " W"] | None,
 ) -> Float[Array, "B W H K"]:
     """See `kernels_pallas.attention`; query w sees only keys before `key_limit[w]`. Reverse mode only, and once."""
     batch, window, heads, width = query.shape

@@ -59,7 +59,7 @@ def fitting_tile(config: Mapping[str, int], product: str, *, outputs: int, input
 
 
 def grouped_product(
-    expert: Int[Array, "entries"],
+    expert: Int[Array, " entries"],
     rows: Array,
     matrices: Sequence[Array],
     scales: Sequence[Float[Array, "E N"]],
@@ -214,7 +214,7 @@ def _accumulators(tile: Tile, operands: Sequence[Any]) -> list[Any]:
 
 
 def spread_rows(
-    x: Float[Array, "M D"], place: Int[Array, "M*k"], *, slots: int, num_places: int, interpret: bool
+    x: Float[Array, "M D"], place: Int[Array, " M*k"], *, slots: int, num_places: int, interpret: bool
 ) -> Float[Array, "places D"]:
     """Each row copied to its k = `slots` places; a place out of range copies nothing.
 
@@ -240,7 +240,7 @@ def spread_rows(
 
 
 def mix_rows(
-    outputs: Float[Array, "places D"], place: Int[Array, "M*k"], weights: Float[Array, "M k"], *, interpret: bool
+    outputs: Float[Array, "places D"], place: Int[Array, " M*k"], weights: Float[Array, "M k"], *, interpret: bool
 ) -> Float[Array, "M D"]:
     """Each row's weighted sum over its places, taken in float32; a place out of range adds nothing."""
     num_places, model = outputs.shape

@@ -66,7 +66,7 @@ def top_k_kernel(
 
 def plan_kernel(
     expert_ids: Int[Array, "M k"], num_experts: int, *, rows: int, interpret: bool
-) -> tuple[Int[Array, "places"], Int[Array, "entries"]]:
+) -> tuple[Int[Array, " places"], Int[Array, " entries"]]:
     """`place_in_blocks(group_rows(expert_ids, num_experts), rows=rows)`, flat and padded to multiples of 64.
 
     Every routed row is compared with every other: 10^8 comparisons, some 10 us, for 10,000 of them. A program has 64

@@ -96,7 +96,7 @@ def _experts(
 
 def _plan(
     expert_ids: Int[Array, "M k"], num_experts: int, *, rows: int, interpret: bool
-) -> tuple[Int[Array, "places"], Int[Array, "entries"]]:
+) -> tuple[Int[Array, " places"], Int[Array, " entries"]]:
     """The flat place of every routed row and the expert of every block, each possibly with more behind."""
     if expert_ids.size <= MOST_PAIRS:
         from kernels_pallas.moe.mosaic_gpu_routing import plan_kernel

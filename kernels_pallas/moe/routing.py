@@ -23,7 +23,7 @@ class Grouping(NamedTuple):
     """The expert of each; E where the id selects none. These form a group behind all experts."""
     rank: Int[Array, "M k"]
     """How many rows of the same key come before it."""
-    start: Int[Array, "E+1"]
+    start: Int[Array, " E+1"]
     """How many rows have a smaller key: the positions at which groups start if they lie without gaps."""
 
 
@@ -44,7 +44,7 @@ def _rank_within(keys: Int[Array, "chunks C"]) -> Int[Array, "chunks C"]:
     return jnp.sum(before, axis=2, dtype=jnp.int32)
 
 
-def _rank_by_chunks(key: Int[Array, "S"], num_experts: int) -> Int[Array, "S"]:
+def _rank_by_chunks(key: Int[Array, " S"], num_experts: int) -> Int[Array, " S"]:
     """Counted within chunks and between them: S * (C + E) comparisons instead of S * S."""
     chunks = -(-len(key) // CHUNK)
     keys = jnp.pad(key, (0, chunks * CHUNK - len(key)), constant_values=num_experts).reshape(chunks, CHUNK)
@@ -64,7 +64,7 @@ class Blocks(NamedTuple):
 
     place: Int[Array, "M k"]
     """Block * R + row within it; out of range where no expert is selected."""
-    expert: Int[Array, "blocks"]
+    expert: Int[Array, " blocks"]
     """The expert of each block; E for an empty one."""
 
 

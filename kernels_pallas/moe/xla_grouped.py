@@ -32,14 +32,14 @@ class Plan(NamedTuple):
 
     place: Int[Array, "M k"]
     """Place in the product, expert * C + rank; E * C for a row that overflows or goes nowhere."""
-    source: Int[Array, "E*C"]
+    source: Int[Array, " E*C"]
     """What fills each place, row * k + slot; M * k where nothing does."""
-    overflow: Int[Array, "S+largest"]
+    overflow: Int[Array, " S+largest"]
     """What overflows, expert by expert without gaps: row * k + slot; 0 where nothing is left."""
-    start: Int[Array, "blocks"]
+    start: Int[Array, " blocks"]
     """First entry of `overflow` in each block; they rise."""
-    expert: Int[Array, "blocks"]
-    rows: Int[Array, "blocks"]
+    expert: Int[Array, " blocks"]
+    rows: Int[Array, " blocks"]
     """How many of the block's entries are the expert's; the following ones belong to the next block."""
     num_blocks: Int[Array, ""]
     """Blocks in use: they come first."""
@@ -156,9 +156,9 @@ def _product_gradient(
 class _Block(NamedTuple):
     """One block of the loop: what it reads, and where its results go."""
 
-    rows: Int[Array, "largest"]
+    rows: Int[Array, " largest"]
     """Rows of x; M, which a scatter drops, where an entry is the next block's."""
-    entries: Int[Array, "largest"]
+    entries: Int[Array, " largest"]
     """row * k + slot; M * k where an entry is the next block's."""
     expert: Int[Array, ""]
     size_index: Int[Array, ""]

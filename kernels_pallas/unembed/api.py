@@ -127,7 +127,7 @@ def unembed(
     head: Float[Array, "V D"],
     *,
     at: Int[Array, "N A"] | None = None,
-    forbidden: Int[Array, "n"] | None = None,
+    forbidden: Int[Array, " n"] | None = None,
     vocab_limit: Int[Array, ""] | int | None = None,
     temperature: Float[Array, ""] | float | None = None,
     noise_keys: UInt32[Array, "N 2"] | None = None,

@@ -46,8 +46,8 @@ def combine_readouts(
 
 
 def _tempered(
-    shards: Readout, best_logit: Float[Array, "N"], temperature: Float[Array, ""] | float | None
-) -> Float[Array, "N"]:
+    shards: Readout, best_logit: Float[Array, " N"], temperature: Float[Array, ""] | float | None
+) -> Float[Array, " N"]:
     """The shards' sums, each taken from its own best logit, as one that is taken from the best of all."""
     heat = jnp.asarray(1.0 if temperature is None else temperature, jnp.float32)
     heat = jnp.where(heat > 0, heat, 1.0)
@@ -73,14 +73,14 @@ def _gather(readout: Readout, axis_name: str | tuple[str, ...]) -> Readout:
 
 def _largest(
     ids: Int[Array, "shards N"], values: Float[Array, "shards N"]
-) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
+) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     """The lowest id among the shards' largest values."""
     largest = jnp.max(values, axis=0)
     lowest = jnp.min(jnp.where((values == largest) & (ids != NO_ID), ids, LARGEST_ID), axis=0)
     return jnp.where(lowest == LARGEST_ID, NO_ID, lowest), largest
 
 
-def _log_sum_exp(values: Float[Array, "shards N"]) -> Float[Array, "N"]:
+def _log_sum_exp(values: Float[Array, "shards N"]) -> Float[Array, " N"]:
     """Over the shards; a NaN of one is a NaN of all."""
     shift = finite(jnp.max(jnp.where(jnp.isnan(values), -jnp.inf, values), axis=0))
     return shift + jnp.log(jnp.sum(jnp.exp(values - shift), axis=0))

@@ -22,13 +22,13 @@ def matmul(a: Array, b: Array, *, contract: tuple[int, int]) -> Float[Array, "..
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def allowed_ids(call: Call, ids: Int[Array, "V"]) -> Bool[Array, "V"]:
+def allowed_ids(call: Call, ids: Int[Array, " V"]) -> Bool[Array, " V"]:
     """Which ids are below the limit and not forbidden."""
     forbidden = (ids[:, None] == call.forbidden[None]).any(axis=1)
     return (ids < call.vocab_limit) & ~forbidden
 
 
-def lowest_id(holds: Bool[Array, "N V"], ids: Int[Array, "V"]) -> Int[Array, "N"]:
+def lowest_id(holds: Bool[Array, "N V"], ids: Int[Array, " V"]) -> Int[Array, " N"]:
     """The lowest id of each row for which `holds`; NO_ID where there is none."""
     lowest = jnp.min(jnp.where(holds, ids[None], LARGEST_ID), axis=1)
     return jnp.where(lowest == LARGEST_ID, NO_ID, lowest)
@@ -88,7 +88,7 @@ def readable(call: Call) -> Bool[Array, "N A"]:
     return allowed_ids(call, call.at.reshape(-1)).reshape(call.at.shape)
 
 
-def _entropy(kept: Array, log_total: Array) -> Float[Array, "N"]:
+def _entropy(kept: Array, log_total: Array) -> Float[Array, " N"]:
     log_probs = kept - log_total[:, None]
     terms = jnp.where(kept == -jnp.inf, 0.0, jnp.exp(log_probs) * log_probs)
     return jnp.where(jnp.abs(log_total) < jnp.inf, -jnp.sum(terms, axis=1), jnp.nan)

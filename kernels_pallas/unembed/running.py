@@ -199,7 +199,7 @@ def finish(
     *,
     at: Float[Array, "N A"],
     expected: Float[Array, "N D2"] | None = None,
-    log_total_all: Float[Array, "N"] | None = None,
+    log_total_all: Float[Array, " N"] | None = None,
 ) -> Readout:
     """The readout when the whole vocabulary has gone by. `drawn` counts where the temperature is positive."""
     best = jnp.where(greedy.best == LARGEST_ID, NO_ID, greedy.best)
@@ -232,7 +232,7 @@ def logits_at(call: Call, readable: Bool[Array, "N A"]) -> Float[Array, "N A"]:
     inside = (place >= 0) & (place < call.head.shape[0]) & readable
     place = jnp.clip(place, 0, call.head.shape[0] - 1)
 
-    def products(ids: Int[Array, "N *A"]) -> Float[Array, "N *A"]:
+    def products(ids: Int[Array, " N *A"]) -> Float[Array, " N *A"]:
         hidden = call.hidden if ids.ndim == 1 else call.hidden[:, None]
         return jnp.sum(call.head[ids].astype(jnp.float32) * hidden.astype(jnp.float32), axis=-1)
 

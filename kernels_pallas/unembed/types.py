@@ -17,18 +17,18 @@ class Readout(NamedTuple):
     `log_total`, `log_sum_tempered`, `entropy` and `expected` NaN; the other fields leave it out.
     """
 
-    best: Int[Array, "N"]
+    best: Int[Array, " N"]
     """The allowed id with the largest logit, the lowest among equals; -1 where no id is allowed."""
-    best_logit: Float[Array, "N"]
-    drawn: Int[Array, "N"]
+    best_logit: Float[Array, " N"]
+    drawn: Int[Array, " N"]
     """The allowed id with the largest logit + temperature * Gumbel noise; `best` without a temperature or at 0."""
-    drawn_logit: Float[Array, "N"]
+    drawn_logit: Float[Array, " N"]
     """The drawn id's logit, without the noise."""
-    drawn_score: Float[Array, "N"]
+    drawn_score: Float[Array, " N"]
     """The drawn id's logit with the noise."""
-    log_total: Float[Array, "N"]
+    log_total: Float[Array, " N"]
     """log sum exp of the allowed logits; NaN if any logit of the row is NaN, allowed or not, and only then."""
-    log_sum_tempered: Float[Array, "N"]
+    log_sum_tempered: Float[Array, " N"]
     """log of the sum over allowed ids of exp((logit - best_logit) / temperature); at temperature 1 without one or at 0.
 
     It is taken from the best logit because logit / temperature overflows at low temperatures: a token's log-prob is
@@ -36,13 +36,13 @@ class Readout(NamedTuple):
     """
     at: Float[Array, "N A"]
     """Logits of the ids asked for; -inf for an id that is forbidden or outside the vocabulary."""
-    second_logit: Float[Array, "N"] | None
+    second_logit: Float[Array, " N"] | None
     """The runner-up's logit (the best one's, if two share it); -inf where one id is allowed."""
-    entropy: Float[Array, "N"] | None
+    entropy: Float[Array, " N"] | None
     """Of softmax over the allowed ids, in nats; NaN where `log_total` is not finite."""
     expected: Float[Array, "N D2"] | None
     """softmax(all logits, those of forbidden ids too) @ embedding, in the embedding's dtype."""
-    log_total_all: Float[Array, "N"] | None
+    log_total_all: Float[Array, " N"] | None
     """log sum exp of all logits, which `expected` is divided by; given together with it."""
 
 
@@ -53,7 +53,7 @@ class Call(NamedTuple):
     head: Float[Array, "V D"]
     at: Int[Array, "N A"]
     """A may be 0."""
-    forbidden: Int[Array, "n"]
+    forbidden: Int[Array, " n"]
     """n may be 0; an id outside the vocabulary forbids nothing."""
     vocab_limit: Int[Array, ""]
     temperature: Float[Array, ""] | None

@@ -38,7 +38,7 @@ class Factor:
         return ()
 
     def step(
-        self, keys: Key[Array, "B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,
+        self, keys: Key[Array, " B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,
         state: PartState,
     ) -> tuple[Decision, PartState]:
         """The largest admissible prefix of the confidences in descending order."""

@@ -46,7 +46,7 @@ class Hierarchical:
         return ()
 
     def step(
-        self, keys: Key[Array, "B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,
+        self, keys: Key[Array, " B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,
         state: PartState,
     ) -> tuple[Decision, PartState]:
         """The best of each run, and everything that is certain."""

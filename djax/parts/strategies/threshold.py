@@ -39,7 +39,7 @@ class Threshold:
         return ()
 
     def step(
-        self, keys: Key[Array, "B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,
+        self, keys: Key[Array, " B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,
         state: PartState,
     ) -> tuple[Decision, PartState]:
         """The confident positions."""

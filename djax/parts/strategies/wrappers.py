@@ -38,7 +38,7 @@ class RandomOrder:
         return self.strategy.init(batch, block_length)
 
     def step(
-        self, keys: Key[Array, "B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,
+        self, keys: Key[Array, " B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,
         state: PartState,
     ) -> tuple[Decision, PartState]:
         """The inner decision on random scores."""
@@ -78,7 +78,7 @@ class Remasking:
         return self.strategy.init(batch, block_length)
 
     def step(
-        self, keys: Key[Array, "B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,
+        self, keys: Key[Array, " B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,
         state: PartState,
     ) -> tuple[Decision, PartState]:
         """The inner decision, and the doubtful positions to reopen."""

@@ -45,7 +45,7 @@ class Identity:
 class ForbidTokens:
     """Drops `token_ids` (negative ones are none), and every id from `vocab_limit` on (a padded vocabulary's rest)."""
 
-    token_ids: Int[Array, "n"] | Int[np.ndarray, "n"]
+    token_ids: Int[Array, " n"] | Int[np.ndarray, " n"]
     vocab_limit: int | Int[Array, ""] | None = None
 
     def __post_init__(self) -> None:
