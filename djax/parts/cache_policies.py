@@ -7,6 +7,7 @@ batch sees what it sees alone.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -20,10 +21,7 @@ from djax.errors import check_integer
 class NoCache:
     """A full forward at every step."""
 
-    @property
-    def exact(self) -> bool:
-        """True."""
-        return True
+    exact: ClassVar[bool] = True
 
     def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
         """None: no cache is kept."""
@@ -38,10 +36,7 @@ class NoCache:
 class Prefix:
     """Recomputes the block and everything after it (Fast-dLLM's prefix cache, arXiv 2505.22618)."""
 
-    @property
-    def exact(self) -> bool:
-        """False: the prefix is as old as the block's first step."""
-        return False
+    exact: ClassVar[bool] = False  # the prefix is as old as the block's first step
 
     def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
         """Everything from block 0 on: a static width has to hold the longest rest."""
@@ -56,10 +51,7 @@ class Prefix:
 class Dual:
     """Recomputes the block only (Fast-dLLM's dual cache, arXiv 2505.22618)."""
 
-    @property
-    def exact(self) -> bool:
-        """False: all but the block is as old as the block's first step."""
-        return False
+    exact: ClassVar[bool] = False  # all but the block is as old as the block's first step
 
     def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
         """L."""
@@ -80,14 +72,11 @@ class Vicinity:
     before: int = struct.field(pytree_node=False, default=16)
     after: int = struct.field(pytree_node=False, default=16)
 
+    exact: ClassVar[bool] = False  # all but the window is as old as the block's first step
+
     def __post_init__(self) -> None:
         check_integer("before", self.before)
         check_integer("after", self.after)
-
-    @property
-    def exact(self) -> bool:
-        """False: all but the window is as old as the block's first step."""
-        return False
 
     def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
         """before + L + after, at most the canvas."""
@@ -109,10 +98,7 @@ class BlockCausal:
     `Canvas.from_prompts(align=True)`, with a block length that is a multiple of the model's.
     """
 
-    @property
-    def exact(self) -> bool:
-        """True, for the models and canvases it is for, and hard tokens."""
-        return True
+    exact: ClassVar[bool] = True  # for the models and canvases it is for, and hard tokens
 
     def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
         """2 L, at most the canvas."""
@@ -131,13 +117,10 @@ class Periodic:
     policy: CachePolicy
     every: int | Int[Array, ""]
 
+    exact: ClassVar[bool] = False  # `every` is a leaf, not known when a program is built
+
     def __post_init__(self) -> None:
         check_integer("every", self.every, 1)
-
-    @property
-    def exact(self) -> bool:
-        """False: `every` is a leaf, not known when a program is built."""
-        return False
 
     def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
         """As the inner policy."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,7 @@ LARGEST_TEMPERATURE = 2.0**100
 class Greedy:
     """The most probable token; the lowest id among equals."""
 
-    @property
-    def reads(self) -> bool:
-        """True."""
-        return True
+    reads: ClassVar[bool] = True
 
     def step(self, keys: Key[Array, " B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """Candidates with their probability and log-prob at temperature 1."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -14,10 +16,7 @@ from djax.parts.schedules import Linear, Schedule
 class HardTokens:
     """The tokens' own embeddings, the mask token's at masked positions."""
 
-    @property
-    def soft(self) -> bool:
-        """False."""
-        return False
+    soft: ClassVar[bool] = False
 
     def step(
         self, embedded: Float[Array, "B W D"], expected: Float[Array, "B W D"], is_masked: Bool[Array, "B W"],
@@ -37,10 +36,7 @@ class SoftTokens:
 
     weight: Schedule = Linear(start=0.15, slope=0.02, maximum=0.3)
 
-    @property
-    def soft(self) -> bool:
-        """True."""
-        return True
+    soft: ClassVar[bool] = True
 
     def step(
         self, embedded: Float[Array, "B W D"], expected: Float[Array, "B W D"], is_masked: Bool[Array, "B W"],

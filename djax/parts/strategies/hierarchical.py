@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
@@ -24,6 +26,8 @@ class Hierarchical:
     high: float | Float[Array, ""] | Schedule
     low: float | Float[Array, ""]
 
+    reopens: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         check_number("low", self.low, 0.0, 1.0)
         if isinstance(self.high, Schedule):
@@ -31,11 +35,6 @@ class Hierarchical:
         check_number("high", self.high, 0.0, 1.0)
         if isinstance(self.low, float | int) and isinstance(self.high, float | int):
             check_number("low", self.low, 0.0, self.high, advice="lower it or raise high")
-
-    @property
-    def reopens(self) -> bool:
-        """False: it only commits."""
-        return False
 
     def max_steps(self, block_length: int) -> int:
         """One position per step at the least."""

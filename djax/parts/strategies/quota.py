@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
@@ -21,13 +23,10 @@ class Quota:
 
     steps: int | Int[Array, ""]
 
+    reopens: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         check_integer("steps", self.steps, 1)
-
-    @property
-    def reopens(self) -> bool:
-        """False: it only commits."""
-        return False
 
     def max_steps(self, block_length: int) -> int:
         """One position per step at the least."""

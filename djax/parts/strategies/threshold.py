@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
@@ -21,14 +23,11 @@ class Threshold:
 
     threshold: float | Float[Array, ""] | Schedule
 
+    reopens: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not isinstance(self.threshold, Schedule):
             check_number("threshold", self.threshold, 0.0, 1.0)
-
-    @property
-    def reopens(self) -> bool:
-        """False: it only commits."""
-        return False
 
     def max_steps(self, block_length: int) -> int:
         """One position per step at the least."""

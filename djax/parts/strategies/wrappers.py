@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -61,13 +62,10 @@ class Remasking:
     strategy: Strategy
     threshold: float | Float[Array, ""]
 
+    reopens: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_number("threshold", self.threshold, 0.0, 1.0)
-
-    @property
-    def reopens(self) -> bool:
-        """True."""
-        return True
 
     def max_steps(self, block_length: int) -> int:
         """As the inner strategy: every step has a net gain."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -15,10 +17,7 @@ from djax.errors import check_integer
 class Identity:
     """Leaves the logits as they are."""
 
-    @property
-    def reads(self) -> bool:
-        """True."""
-        return True
+    reads: ClassVar[bool] = True
 
     def init(self, batch: int, block_length: int) -> PartState:
         """No state."""
@@ -48,15 +47,12 @@ class ForbidTokens:
     token_ids: Int[Array, " n"] | Int[np.ndarray, " n"]
     vocab_limit: int | Int[Array, ""] | None = None
 
+    reads: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_integer("token_ids", self.token_ids, -(2**31))
         if self.vocab_limit is not None:
             check_integer("vocab_limit", self.vocab_limit, 1)
-
-    @property
-    def reads(self) -> bool:
-        """True."""
-        return True
 
     def init(self, batch: int, block_length: int) -> PartState:
         """No state."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,15 +37,12 @@ class Credit:
     beta: float | Float[Array, ""] = 0.8
     gamma: float | Float[Array, ""] = 0.2
 
+    reads: ClassVar[bool] = True  # only the slots' logits change
+
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, 0.0)
         check_number("beta", self.beta, 0.0, 1.0)
         check_number("gamma", self.gamma, 0.0)
-
-    @property
-    def reads(self) -> bool:
-        """True: only the slots' logits change."""
-        return True
 
     def init(self, batch: int, block_length: int) -> PartState:
         """No credit."""
