@@ -299,6 +299,22 @@ def factor(value: float) -> Strategy:
     return run
 
 
+def local_leap(anchor: float, near: float, radius: int) -> Strategy:
+    """LocalLeap: all of at least `anchor`, what is `near` enough within `radius` of one, or the best."""
+
+    def run(choice: Choice, step: Step) -> tuple[set[int], set[int]]:
+        chosen = _best(choice, step)
+        anchors = [p for p in _ranked(choice, step) if step.margin.compare(choice.confidence[p], anchor)]
+        chosen |= set(anchors)
+        for position in _ranked(choice, step):
+            if any(abs(position - other) <= radius for other in anchors) and step.margin.compare(
+                    choice.confidence[position], near):
+                chosen.add(position)
+        return chosen, set()
+
+    return run
+
+
 def hierarchical(high: Value, low: float) -> Strategy:
     """dInfer: the best of each run if above low, all above high, and the best of all."""
 

@@ -1,7 +1,7 @@
 """Every part with every other one: the jitted loop against the NumPy oracle, token for token.
 
 One program holds all transforms, strategies and proposals, each chosen by a leaf (`tests.select`): fourteen serve the
-whole product of 1176 cases. They give the loop logits; what can do with a reading is run on readings by programs of its
+whole product of 1372 cases. They give the loop logits; what can do with a reading is run on readings by programs of its
 own. The default run takes every cache once, on logits or on readings; the slow run takes the rest.
 """
 
@@ -49,6 +49,7 @@ STRATEGIES: dict[str, tuple[Any, oracle.Strategy]] = {
     "hierarchical": (
         strategies.Hierarchical(Linear(0.95, -0.05, minimum=0.7), 0.4),
         oracle.hierarchical(oracle.linear(0.95, -0.05, minimum=0.7), 0.4)),
+    "local_leap": (strategies.LocalLeap(0.6, 0.3, 2), oracle.local_leap(0.6, 0.3, 2)),
     "remasking": (
         strategies.Remasking(strategies.Hierarchical(0.7, 0.3), 0.45),
         oracle.remasking(oracle.hierarchical(0.7, 0.3), 0.45)),

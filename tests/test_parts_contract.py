@@ -46,6 +46,7 @@ STRATEGIES: dict[str, tuple[Any, int]] = {
     "quota": (strategies.Quota(3), 1),
     "factor": (strategies.Factor(1.0), 1),
     "hierarchical": (strategies.Hierarchical(0.8, 0.4), 2),
+    "local_leap": (strategies.LocalLeap(0.8, 0.4, 2), 3),
     "remasking": (strategies.Remasking(strategies.Hierarchical(0.8, 0.4), 0.5), 3),
     "random_quota": (strategies.RandomOrder(strategies.Quota(3)), 1),
     "random_threshold": (strategies.RandomOrder(strategies.Threshold(0.4)), 1),
@@ -466,6 +467,9 @@ def test_bounds_are_as_documented() -> None:
     assert committed(strategies.Factor(1.6)) == [0, 3]
     assert committed(strategies.Factor(2.6)) == [0, 3, 4, 7]
     assert committed(strategies.Factor(0.01)) == [3]
+    assert committed(strategies.LocalLeap(0.75, 0.5, 1)) == [3, 4]
+    assert committed(strategies.LocalLeap(0.75, 0.5, 3)) == [0, 3, 4]
+    assert committed(strategies.LocalLeap(0.8, 0.25, 8)) == [3]  # no anchor, so no neighbours either
 
 
 # --- cache policies ---
