@@ -42,13 +42,13 @@ def check_shapes(axis: str, part: Any) -> None:
     missing = [method for method in _METHODS[axis] if not hasattr(part, method)]
     if missing:
         raise ArgumentError(axis, f"{name}, which has no {', '.join(missing)}",
-                            allowed=f"what djax.contracts.types.{PROTOCOLS[axis]} says", advice="add what is missing")
+                            allowed=f"what djax.types.{PROTOCOLS[axis]} says", advice="add what is missing")
     leaves, structure = jax.tree.flatten(part)
     for leaf in leaves:
         if not _is_number(leaf):
             raise ArgumentError(axis, f"{name} with a field that holds a {type(leaf).__name__}",
                                 allowed="numbers, arrays and parts; static fields for anything else",
-                                advice="declare that field with djax.contracts.struct.field(pytree_node=False)")
+                                advice="declare that field with djax.struct.field(pytree_node=False)")
     for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
         value = getattr(part, field.name)
         if not field.metadata.get("pytree_node", True) and not _is_hashable(value):
@@ -57,7 +57,7 @@ def check_shapes(axis: str, part: Any) -> None:
                                 advice="jit looks programs up by them")
     problem = _problem(axis, structure, tuple(map(_kind, leaves)))
     if problem is not None:
-        raise ArgumentError(axis, f"{name}, {problem}", allowed=f"what djax.contracts.types.{PROTOCOLS[axis]} says",
+        raise ArgumentError(axis, f"{name}, {problem}", allowed=f"what djax.types.{PROTOCOLS[axis]} says",
                             advice=f"djax.testing.check_part({name}(...)) tells more")
 
 

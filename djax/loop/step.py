@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from djax.contracts import answers
 from djax.contracts.canvas import Canvas
 from djax.contracts.types import (
     Cache,
@@ -64,7 +65,7 @@ def denoising_step(
     hidden, cache, recomputed = _forward(
         denoiser, params, canvas, positions, state, plan, active, start=start, width=width)
     keys = jax.vmap(lambda key, step: jax.random.split(jax.random.fold_in(key, step), 2))(state.row_keys, info.step)
-    look = read_logits if not all(map(_reads, (denoiser, parts.transform, parts.propose))) else read_head
+    look = read_logits if not all(map(answers.reads, (denoiser, parts.transform, parts.propose))) else read_head
     outlook = look(
         denoiser, params, parts, hidden, state, info, keys[:, 0], offset=info.block_start - start,
         block_length=canvas.block_length)
@@ -130,11 +131,6 @@ def _forward(
         key_mask=canvas.valid, window_start=start, write=_columns(recomputed, start, width) & active[:, None],
         cache=state.cache)
     return hidden, cache, recomputed
-
-
-def _reads(part: Any) -> bool:
-    """Whether a part can do with a reading; one that does not say cannot."""
-    return getattr(part, "reads", False)
 
 
 def read_head(

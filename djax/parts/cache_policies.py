@@ -7,14 +7,14 @@ batch sees what it sees alone.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from djax.contracts import struct
+from djax.contracts import answers, struct
 from djax.contracts.types import CachePolicy, Plan, StepInfo
-from djax.errors import check_integer
+from djax.errors import ArgumentError, check_integer
 
 
 @struct.dataclass
@@ -100,6 +100,23 @@ class BlockCausal:
 
     exact: ClassVar[bool] = True  # for the models and canvases it is for, and hard tokens
 
+    def check_model(
+        self, *, architecture: str, model_block_length: int | None, block_length: int, gaps: bool
+    ) -> None:
+        """Refuse models without blocks, lengths that cut the model's blocks, and gaps between open blocks."""
+        if model_block_length is None:
+            raise ArgumentError(
+                "recipe", f"the cache policy BlockCausal with {architecture}, whose attention is not causal over "
+                "blocks", allowed="another cache policy there", advice="use a recipe with one, such as dinfer()")
+        if block_length % model_block_length:
+            raise ArgumentError(
+                "block_length", f"{block_length} with the cache policy BlockCausal",
+                allowed=f"a multiple of {model_block_length}, the model's own block length", advice="give one")
+        if gaps:
+            raise ArgumentError(
+                "recipe", "the cache policy BlockCausal, which needs open positions in every block from the first to "
+                "the last", allowed="another cache policy there", advice="use recipe.replace(cache_policy=Dual())")
+
     def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
         """2 L, at most the canvas."""
         return min(2 * block_length, canvas_length)
@@ -121,6 +138,10 @@ class Periodic:
 
     def __post_init__(self) -> None:
         check_integer("every", self.every, 1)
+
+    def check_model(self, **facts: Any) -> None:
+        """As the inner policy."""
+        answers.check_model(self.policy, **facts)
 
     def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
         """As the inner policy."""
@@ -145,6 +166,10 @@ class WithWarmup:
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps)
+
+    def check_model(self, **facts: Any) -> None:
+        """As the inner policy."""
+        answers.check_model(self.policy, **facts)
 
     @property
     def exact(self) -> bool:

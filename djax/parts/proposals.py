@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from djax.contracts import struct
+from djax.contracts import answers, struct
 from djax.contracts.types import Candidates, Filter, Logits, Noise, Propose, Reading
 from djax.errors import check_choice, check_integer, check_number
 from kernels_pallas import gumbel_noise
@@ -23,6 +23,10 @@ class Greedy:
     """The most probable token; the lowest id among equals."""
 
     reads: ClassVar[bool] = True
+
+    def distribution_changes(self) -> tuple[Any, ...]:
+        """None."""
+        return ()
 
     def step(self, keys: Key[Array, " B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """Candidates with their probability and log-prob at temperature 1."""
@@ -64,6 +68,14 @@ class Sample:
     def reads(self) -> bool:
         """Whether nothing looks at all of the vocabulary."""
         return not self.filters
+
+    def distribution_changes(self) -> tuple[Any, ...]:
+        """The filters."""
+        return self.filters
+
+    def sampling_temperature(self) -> float | Float[Array, ""]:
+        """The temperature."""
+        return self.temperature
 
     def step(self, keys: Key[Array, " B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """Candidates with their probability at temperature 1 and log-prob at the sampling temperature."""
@@ -116,7 +128,15 @@ class RefuseToken:
     @property
     def reads(self) -> bool:
         """Whether the inner one does."""
-        return getattr(self.propose, "reads", False)
+        return answers.reads(self.propose)
+
+    def distribution_changes(self) -> tuple[Any, ...]:
+        """The inner one's."""
+        return answers.distribution_changes(self.propose)
+
+    def sampling_temperature(self) -> float | Float[Array, ""]:
+        """The inner one's."""
+        return answers.sampling_temperature(self.propose)
 
     def step(self, keys: Key[Array, " B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """The inner candidates, with confidence -inf where the token is refused."""

@@ -11,11 +11,12 @@ from typing import Literal
 
 from jaxtyping import Array, Float, Int
 
+from djax.contracts import answers
 from djax.contracts.types import CachePolicy, Smoothing, Strategy
 from djax.errors import ArgumentError, check_choice, check_integer, check_number, shown
 from djax.loop.state import Parts
 from djax.models.config import ModelConfig
-from djax.parts.cache_policies import BlockCausal, Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
+from djax.parts.cache_policies import BlockCausal, Dual, NoCache, Prefix, Vicinity, WithWarmup
 from djax.parts.schedules import Linear
 from djax.parts.smoothing import HardTokens, SoftTokens
 from djax.parts.strategies import Factor, Hierarchical, Quota, Threshold
@@ -151,23 +152,8 @@ def check_blocks(recipe: Recipe, config: ModelConfig, *, block_length: int, gaps
     Raises:
         ValueError: `BlockCausal` on a model without blocks, with a length that cuts the model's blocks, or with gaps.
     """
-    policy = recipe.cache_policy
-    while isinstance(policy, WithWarmup | Periodic):
-        policy = policy.policy
-    if not isinstance(policy, BlockCausal):
-        return
-    if config.block_length is None:
-        raise ArgumentError(
-            "recipe", f"the cache policy BlockCausal with {config.architecture}, whose attention is not causal over "
-            "blocks", allowed="another cache policy there", advice="use a recipe with one, such as dinfer()")
-    if block_length % config.block_length:
-        raise ArgumentError(
-            "block_length", f"{block_length} with the cache policy BlockCausal",
-            allowed=f"a multiple of {config.block_length}, the model's own block length", advice="give one")
-    if gaps:
-        raise ArgumentError(
-            "recipe", "the cache policy BlockCausal, which needs open positions in every block from the first to the "
-            "last", allowed="another cache policy there", advice="use recipe.replace(cache_policy=Dual())")
+    answers.check_model(recipe.cache_policy, architecture=config.architecture, model_block_length=config.block_length,
+                        block_length=block_length, gaps=gaps)
 
 
 def _vicinity(before: int, after: int, warmup: int | Int[Array, ""], cache: bool) -> CachePolicy:

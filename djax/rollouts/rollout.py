@@ -14,16 +14,15 @@ from jax import lax
 from jaxtyping import Array, Int, Key
 
 from djax import recipes
+from djax.contracts import answers
 from djax.contracts.ambient import on_device, without_mesh
 from djax.contracts.canvas import Canvas
-from djax.contracts.types import FORBID_NOTHING, Forbidden, Propose, Transform
+from djax.contracts.types import FORBID_NOTHING, Forbidden
 from djax.engine.options import CallOptions, check_block_length, check_lengths, make_parts, resolve_ids
 from djax.engine.prompts import Prompt, check_ids, encode_prompts
 from djax.engine.results import Generation
 from djax.errors import check_integer
 from djax.loop.state import Parts, Result, StopReason, stop_reasons
-from djax.parts.proposals import Greedy, RefuseToken, Sample
-from djax.parts.transforms import Chain, ForbidTokens, Identity
 from djax.recipes import Recipe
 from djax.rollouts.types import PER_ROW, Rollout
 
@@ -192,7 +191,8 @@ def record(
         positions=canvas.positions, lengths=lengths, nfe=result.nfe, steps=result.steps,
         stop_reason=result.stop_reason, commit_step=result.commit_step, log_prob=result.log_prob,
         row_ids=jnp.arange(canvas.batch, dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids, jnp.int32),
-        mask_id=canvas.mask_id, temperature=_temperature(parts.propose), forbidden=_forbidden(parts.transform),
+        mask_id=canvas.mask_id, temperature=jnp.asarray(answers.sampling_temperature(parts.propose), jnp.float32),
+        forbidden=jax.tree.map(jnp.asarray, answers.forbidden(parts.transform)),
         first_block=canvas.first_block, block_length=canvas.block_length,
         max_steps=canvas.num_blocks * parts.strategy.max_steps(canvas.block_length), replayable=not obstacles,
         not_replayable_because="; ".join(obstacles) or None)
@@ -304,36 +304,13 @@ def _obstacles(parts: Parts, *, guided: bool) -> list[str]:
         found.append(f"strategy {_name(parts.strategy)} reopens: commit_step holds only a position's last commit")
     if parts.smoothing.soft:
         found.append(f"smoothing {_name(parts.smoothing)} is soft: inputs depend on earlier logits")
-    found += [f"transform {_name(part)} changes the distribution that tokens are drawn from"
-              for part in _transforms(parts.transform) if not isinstance(part, Identity | ForbidTokens)]
-    inner = _inner(parts.propose)
-    if isinstance(inner, Sample):
-        found += [f"filter {_name(part)} changes the distribution that tokens are drawn from" for part in inner.filters]
-    elif not isinstance(inner, Greedy):
-        found.append(f"proposal {_name(parts.propose)} is not known to draw from the softmax")
+    changes = "changes the distribution that tokens are drawn from"
+    found += [f"transform {_name(part)} {changes}" for part in answers.distribution_changes(parts.transform)]
+    found += [f"{'proposal' if part is parts.propose else 'filter'} {_name(part)} {changes}"
+              for part in answers.distribution_changes(parts.propose)]
     if guided:
         found.append("guidance mixes the logits of two forwards")
     return found
-
-
-def _transforms(transform: Transform) -> list[Transform]:
-    if isinstance(transform, Chain):
-        return [part for inner in transform.transforms for part in _transforms(inner)]
-    return [transform]
-
-
-def _inner(propose: Propose) -> Propose:
-    return _inner(propose.propose) if isinstance(propose, RefuseToken) else propose
-
-
-def _temperature(propose: Propose) -> Array:
-    inner = _inner(propose)
-    return jnp.asarray(inner.temperature if isinstance(inner, Sample) else 0.0, jnp.float32)
-
-
-def _forbidden(transform: Transform) -> Forbidden:
-    dropping = Chain(tuple(part for part in _transforms(transform) if isinstance(part, ForbidTokens)))
-    return jax.tree.map(jnp.asarray, dropping.forbidden())
 
 
 def _name(part: Any) -> str:

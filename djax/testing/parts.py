@@ -64,7 +64,7 @@ def axis_of(part: Any) -> str:
 
 def _fail(axis: str, part: Any, what: str, advice: str) -> None:
     raise ArgumentError(axis, f"{type(part).__name__}, {what}",
-                        allowed=f"what djax.contracts.types.{PROTOCOLS[axis]} says", advice=advice)
+                        allowed=f"what djax.types.{PROTOCOLS[axis]} says", advice=advice)
 
 
 def _check_pytree(axis: str, part: Any) -> None:

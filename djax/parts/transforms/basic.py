@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,11 @@ class Identity:
     """Leaves the logits as they are."""
 
     reads: ClassVar[bool] = True
+    forbids: ClassVar[bool] = False
+
+    def distribution_changes(self) -> tuple[Any, ...]:
+        """None."""
+        return ()
 
     def init(self, batch: int, block_length: int) -> PartState:
         """No state."""
@@ -48,11 +53,16 @@ class ForbidTokens:
     vocab_limit: int | Int[Array, ""] | None = None
 
     reads: ClassVar[bool] = True
+    forbids: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_integer("token_ids", self.token_ids, -(2**31))
         if self.vocab_limit is not None:
             check_integer("vocab_limit", self.vocab_limit, 1)
+
+    def distribution_changes(self) -> tuple[Any, ...]:
+        """None: what is left is drawn from its softmax."""
+        return ()
 
     def init(self, batch: int, block_length: int) -> PartState:
         """No state."""

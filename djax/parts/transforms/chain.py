@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from djax.contracts import struct
+from djax.contracts import answers, struct
 from djax.contracts.types import FORBID_NOTHING, Forbidden, Logits, PartState, Reading, Transform
-from djax.parts.transforms.basic import ForbidTokens, Identity
-from djax.parts.transforms.credit import Credit
 
 
 @struct.dataclass
@@ -22,10 +22,19 @@ class Chain:
         """Whether all do, and none forbids tokens after another one has changed logits: the head forbids first."""
         changed = False
         for part in self.transforms:
-            if not getattr(part, "reads", False) or (changed and not isinstance(part, Identity | Credit)):
+            if not answers.reads(part) or (changed and answers.forbids(part)):
                 return False
-            changed |= not isinstance(part, Identity | ForbidTokens)
+            changed |= bool(answers.distribution_changes(part))
         return True
+
+    @property
+    def forbids(self) -> bool:
+        """Whether any does."""
+        return any(answers.forbids(part) for part in self.transforms)
+
+    def distribution_changes(self) -> tuple[Any, ...]:
+        """Those of all."""
+        return tuple(change for part in self.transforms for change in answers.distribution_changes(part))
 
     def init(self, batch: int, block_length: int) -> PartState:
         """The transforms' states."""
@@ -41,7 +50,7 @@ class Chain:
 
     def forbidden(self) -> Forbidden:
         """What any of them drops."""
-        forbids = [part.forbidden() for part in self.transforms]  # type: ignore[attr-defined]
+        forbids = [answers.forbidden(part) for part in self.transforms]
         each = [forbidden for forbidden in forbids if forbidden is not FORBID_NOTHING] or [FORBID_NOTHING]
         limit = FORBID_NOTHING.limit
         for forbidden in each:

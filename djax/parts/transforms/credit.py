@@ -38,6 +38,7 @@ class Credit:
     gamma: float | Float[Array, ""] = 0.2
 
     reads: ClassVar[bool] = True  # only the slots' logits change
+    forbids: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, 0.0)

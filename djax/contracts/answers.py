@@ -1,0 +1,63 @@
+"""What a part may say of itself beyond its protocol, and the cautious answer for one that says nothing.
+
+A part answers with an attribute or a method of the function's name, so that no caller has to know its class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from djax.contracts.types import FORBID_NOTHING, CachePolicy, Forbidden, Propose, Transform
+
+
+def reads(part: Any) -> bool:
+    """Whether a transform, proposal or denoiser can do with a `Reading`. Unsaid: no."""
+    return bool(getattr(part, "reads", False))
+
+
+def forbids(transform: Transform) -> bool:
+    """Whether a reading transform drops tokens through `forbidden()`. Unsaid: yes."""
+    return bool(getattr(transform, "forbids", True))
+
+
+def forbidden(transform: Transform) -> Forbidden:
+    """The tokens that a transform drops whatever the logits are. Unsaid: none."""
+    said = getattr(transform, "forbidden", None)
+    return FORBID_NOTHING if said is None else said()
+
+
+def distribution_changes(part: Transform | Propose) -> tuple[Any, ...]:
+    """The parts of a transform or proposal because of which tokens are not drawn from the allowed tokens' softmax.
+
+    Unsaid: the part itself.
+    """
+    said = getattr(part, "distribution_changes", None)
+    return (part,) if said is None else said()
+
+
+def sampling_temperature(propose: Propose) -> float | Float[Array, ""]:
+    """The temperature of a proposal's draw, 0 for none. Unsaid: 0."""
+    said = getattr(propose, "sampling_temperature", None)
+    return 0.0 if said is None else said()
+
+
+def check_model(
+    policy: CachePolicy, *, architecture: str, model_block_length: int | None, block_length: int, gaps: bool
+) -> None:
+    """Have a cache policy refuse a model, block length or canvas for which it is not what it says. Unsaid: none.
+
+    Args:
+        policy: the cache policy.
+        architecture: the model's name, for messages.
+        model_block_length: of the model's attention; None for a model without blocks.
+        block_length: positions that are decoded together.
+        gaps: whether there may be blocks without open positions between others, as in infilling.
+
+    Raises:
+        ArgumentError: the policy refuses.
+    """
+    said = getattr(policy, "check_model", None)
+    if said is not None:
+        said(architecture=architecture, model_block_length=model_block_length, block_length=block_length, gaps=gaps)
