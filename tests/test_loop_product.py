@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import zlib
 from typing import Any
 
 import jax
@@ -109,7 +110,8 @@ def expected_rows(case: Case, seed: int) -> list[oracle.Row]:
 @functools.cache
 def choose_seed(case: Case) -> tuple[int, list[oracle.Row]]:
     """The first seed without a decision inside float32 error, and what the oracle makes of it."""
-    first = PRODUCT.index(case) * 100
+    # of its own name: another part in the tables leaves this case's seed as it is
+    first = zlib.crc32("-".join(case).encode()) % 10**7 * 100
     for seed in range(first, first + 20):
         rows = expected_rows(case, seed)
         if min(row.margin for row in rows) > oracle.RELIABLE:
@@ -117,14 +119,15 @@ def choose_seed(case: Case) -> tuple[int, list[oracle.Row]]:
     raise AssertionError(f"{case}: no seed from {first} on has reliable margins")
 
 
-def check(result: Result, rows: list[oracle.Row], label: str) -> None:
+def check(result: Result, rows: list[oracle.Row], label: str, *, soft: bool) -> None:
     valid = np.asarray(result.valid)
+    tolerance = 1e-3 if soft else 1e-4  # soft inputs hand a step's rounding on to the next
     for i, row in enumerate(rows):
         where = f"{label}, row {i}"
         assert np.asarray(result.tokens)[i, valid[i]].tolist() == row.tokens, where
         assert np.asarray(result.is_masked)[i, valid[i]].tolist() == row.is_masked, where
         assert np.asarray(result.commit_step)[i, valid[i]].tolist() == row.commit_step, where
-        assert np.abs(np.asarray(result.log_prob)[i, valid[i]] - row.log_prob).max() < 1e-4, where
+        assert np.abs(np.asarray(result.log_prob)[i, valid[i]] - row.log_prob).max() < tolerance, where
         assert (int(result.nfe[i]), int(result.steps[i])) == (row.nfe, row.nfe), where
         assert int(result.refreshes[i]) == row.refreshes, where
         assert int(result.stop_reason[i]) == row.stop_reason, where
@@ -154,7 +157,8 @@ def check_all(parts: dict[str, Any], *, transforms: list[str], cache: str, soft:
                   "propose": proposes.index(case[4])}
         given = parts | {name: parts[name].replace(index=jnp.int32(index)) for name, index in chosen.items()
                          if hasattr(parts[name], "index")}
-        check(program(make_canvas(seed), jax.random.key(seed), given), rows, f"{case}, seed {seed}")
+        check(program(make_canvas(seed), jax.random.key(seed), given), rows, f"{case}, seed {seed}",
+              soft=soft == "soft")
 
 
 def shared_parts(cache: str, soft: str, transforms: list[str]) -> dict[str, Any]:
