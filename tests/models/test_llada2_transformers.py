@@ -17,8 +17,8 @@ from djax.models.config import Llada2MoeConfig
 from . import golden_llada2 as golden
 
 pytestmark = pytest.mark.usefixtures("oracle_libraries")
-torch: Any
-transformers: Any
+torch: Any = None
+transformers: Any = None
 
 LENGTH = 20
 """Two whole blocks and a half of the goldens'."""

@@ -18,8 +18,8 @@ from djax.models.layers import rotary_angles
 from . import golden
 
 pytestmark = pytest.mark.usefixtures("oracle_libraries")
-torch: Any
-transformers: Any
+torch: Any = None
+transformers: Any = None
 
 LENGTH = 16
 SMALL = dataclasses.replace(
