@@ -1,4 +1,4 @@
-"""How `implementation=` is resolved, the same way for every op.
+"""Resolution of `implementation=`, the same way for every op.
 
 None picks the best implementation that supports the call on the platform in use; an explicit name never
 falls back to another one.

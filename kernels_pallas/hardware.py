@@ -1,4 +1,4 @@
-"""What a call is traced for: the platform, the device, and what it can run."""
+"""The hardware that a call is traced for: platform, device, and what it can run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def device_kind() -> str:
 
 
 def without_hopper(platform: str) -> str | None:
-    """Why no Mosaic GPU kernel of this package can run, or None. A GPU that is asked about from afar is a Hopper."""
+    """The reason why no Mosaic GPU kernel of this package can run, or None. A GPU asked about from afar is a Hopper."""
     if platform != "gpu":
         return f"it needs a Hopper GPU, got {platform}"
     capability = getattr(current_device(), "compute_capability", HOPPER)

@@ -1,4 +1,4 @@
-"""How Mosaic GPU kernels run on a CPU."""
+"""Mosaic GPU kernels on a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def gpu_interpreter(interpret: bool) -> Any:
-    """What `plgpu.kernel` takes for `interpret`: None compiles."""
+    """The value of `interpret` for `plgpu.kernel`: None compiles."""
     if not interpret:
         return None
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public since jax 0.11 only

@@ -50,8 +50,8 @@ LOG2_E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a call is laid out over blocks."""
+class Tiling:
+    """The layout of a call over blocks."""
 
     fold: int
     """Query heads in a block's rows."""
@@ -66,7 +66,7 @@ class Plan:
     """Steps of keys and values in flight."""
 
 
-def make_plan(query: Any, key: Any, *, key_tile: int, stages: int, blocks: int, max_splits: int) -> Plan:
+def make_tiling(query: Any, key: Any, *, key_tile: int, stages: int, blocks: int, max_splits: int) -> Tiling:
     """Layout for operands with these shapes: keys are split into as many parts as `blocks` blocks allow."""
     batch, window, heads, _ = query.shape
     length, groups = key.shape[1:3]
@@ -75,34 +75,34 @@ def make_plan(query: Any, key: Any, *, key_tile: int, stages: int, blocks: int, 
     query_tiles, key_tiles = pl.cdiv(window, queries), pl.cdiv(length, key_tile)
     without_split = batch * heads // fold * query_tiles
     splits = min(max(blocks // without_split, 1), key_tiles, max_splits)
-    return Plan(
+    return Tiling(
         fold=fold, queries=queries, query_tiles=query_tiles, key_tile=key_tile, key_tiles=key_tiles,
         # as many as are needed for the share that one has to take
         splits=pl.cdiv(key_tiles, pl.cdiv(key_tiles, splits)), stages=min(stages, pl.cdiv(key_tiles, splits)))
 
 
 def _tile_spans(
-    key_mask: Bool[Array, "B T"], limit_rows: Int[Array, "tiles rows"] | None, plan: Plan
+    key_mask: Bool[Array, "B T"], limit_rows: Int[Array, "tiles rows"] | None, tiling: Tiling
 ) -> Int[Array, "B tiles 2"]:
     """First key tile that a block of queries needs, and one past its last; equal where it sees no key."""
     length = key_mask.shape[1]
     first = jnp.argmax(key_mask, axis=1).astype(jnp.int32)
     end = jnp.where(key_mask.any(axis=1), length - jnp.argmax(key_mask[:, ::-1], axis=1).astype(jnp.int32), 0)
-    ends = jnp.broadcast_to(end[:, None], (len(end), plan.query_tiles))
+    ends = jnp.broadcast_to(end[:, None], (len(end), tiling.query_tiles))
     if limit_rows is not None:
         ends = jnp.minimum(ends, limit_rows.max(axis=1))
-    start = first[:, None] // plan.key_tile
-    return jnp.stack(jnp.broadcast_arrays(start, jnp.maximum(pl.cdiv(ends, plan.key_tile), start)), axis=-1)
+    start = first[:, None] // tiling.key_tile
+    return jnp.stack(jnp.broadcast_arrays(start, jnp.maximum(pl.cdiv(ends, tiling.key_tile), start)), axis=-1)
 
 
-def _limit_rows(key_limit: Int[Array, " W"], plan: Plan) -> Int[Array, "tiles rows"]:
+def _limit_rows(key_limit: Int[Array, " W"], tiling: Tiling) -> Int[Array, "tiles rows"]:
     """Limits in the order of a block's rows: all its queries for one head, then for the next."""
-    padded = jnp.pad(key_limit.astype(jnp.int32), (0, plan.query_tiles * plan.queries - len(key_limit)))
-    return jnp.tile(padded.reshape(plan.query_tiles, plan.queries), (1, plan.fold))
+    padded = jnp.pad(key_limit.astype(jnp.int32), (0, tiling.query_tiles * tiling.queries - len(key_limit)))
+    return jnp.tile(padded.reshape(tiling.query_tiles, tiling.queries), (1, tiling.fold))
 
 
 def _combine(
-    parts: Float[Array, "S B C tiles rows K"], log_sums: Float[Array, "S B C tiles rows"], plan: Plan, window: int
+    parts: Float[Array, "S B C tiles rows K"], log_sums: Float[Array, "S B C tiles rows"], tiling: Tiling, window: int
 ) -> Float[Array, "B W H K"]:
     """Average of the splits, weighted by their sums of weights. Written split by split, so that it is one fusion."""
     _, batch, chunks, tiles, _, width = parts.shape
@@ -110,28 +110,29 @@ def _combine(
     weights = [jnp.exp2(log_sum - top)[..., None] for log_sum in log_sums]
     mixed = functools.reduce(jnp.add, (weight * part for weight, part in zip(weights, parts, strict=True)))
     mixed = mixed / functools.reduce(jnp.add, weights)
-    mixed = mixed.reshape(batch, chunks, tiles, plan.fold, plan.queries, width).transpose(0, 2, 4, 1, 3, 5)
-    return mixed.reshape(batch, tiles * plan.queries, chunks * plan.fold, width)[:, :window]
+    mixed = mixed.reshape(batch, chunks, tiles, tiling.fold, tiling.queries, width).transpose(0, 2, 4, 1, 3, 5)
+    return mixed.reshape(batch, tiles * tiling.queries, chunks * tiling.fold, width)[:, :window]
 
 
 def _kernel(
-    span_ref: Any, mask_ref: Any, query_ref: Any, key_ref: Any, value_ref: Any, *refs: Any, plan: Plan, limited: bool
+    span_ref: Any, mask_ref: Any, query_ref: Any, key_ref: Any, value_ref: Any, *refs: Any, tiling: Tiling,
+    limited: bool,
 ) -> None:
-    """One block: `plan.queries` window positions of `plan.fold` heads, over one split's key tiles."""
+    """One block: `tiling.queries` window positions of `tiling.fold` heads, over one split's key tiles."""
     limit_ref, refs = (refs[0], refs[1:]) if limited else (None, refs)
     out_refs, (query_tile, limits, query_ready, limit_ready) = refs[:-4], refs[-4:]
     batch, chunk, split, tile = (lax.axis_index(name) for name in ("batch", "chunk", "split", "tile"))
-    group = chunk * plan.fold // (query_ref.shape[2] // key_ref.shape[2])
+    group = chunk * tiling.fold // (query_ref.shape[2] // key_ref.shape[2])
     width = query_ref.shape[3]
-    window = pl.ds(tile * plan.queries, plan.queries)
-    for index in range(plan.fold):
+    window = pl.ds(tile * tiling.queries, tiling.queries)
+    for index in range(tiling.fold):
         plgpu.copy_gmem_to_smem(
-            query_ref.at[batch, window, chunk * plan.fold + index],
-            query_tile.at[pl.ds(index * plan.queries, plan.queries)], query_ready)
+            query_ref.at[batch, window, chunk * tiling.fold + index],
+            query_tile.at[pl.ds(index * tiling.queries, tiling.queries)], query_ready)
     if limit_ref is not None:
         plgpu.copy_gmem_to_smem(limit_ref.at[tile], limits, limit_ready)
     start, end = span_ref[batch, tile, 0], span_ref[batch, tile, 1]
-    share = pl.cdiv(end - start, plan.splits)
+    share = pl.cdiv(end - start, tiling.splits)
     start = start + split * share
     steps = jnp.minimum(share, end - start)
 
@@ -139,12 +140,12 @@ def _kernel(
         keys: Any, values: Any, masks: Any, weight_tile: Any, keys_ready: Any, values_ready: Any
     ) -> tuple[Array, ...]:
         def fetch(step: Array, slot: Any) -> None:
-            tile_keys = pl.ds((start + step) * plan.key_tile, plan.key_tile)
+            tile_keys = pl.ds((start + step) * tiling.key_tile, tiling.key_tile)
             plgpu.copy_gmem_to_smem(key_ref.at[batch, tile_keys, group], keys.at[slot], keys_ready.at[slot])
             plgpu.copy_gmem_to_smem(mask_ref.at[batch, tile_keys], masks.at[slot], keys_ready.at[slot])
             plgpu.copy_gmem_to_smem(value_ref.at[batch, tile_keys, group], values.at[slot], values_ready.at[slot])
 
-        for stage in range(plan.stages):
+        for stage in range(tiling.stages):
             pl.when(stage < steps)(functools.partial(fetch, jnp.int32(stage), stage))
         plgpu.barrier_wait(query_ready)
         if limit_ref is not None:
@@ -152,19 +153,19 @@ def _kernel(
 
         def step_over(step: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             mixed, top, total = carry
-            slot = lax.rem(step, jnp.int32(plan.stages))
+            slot = lax.rem(step, jnp.int32(tiling.stages))
             plgpu.barrier_wait(keys_ready.at[slot])
 
             def scores_of(scores: Any) -> Array:
                 plgpu.wgmma(scores, query_tile, keys.at[slot].transpose((1, 0)))
                 return scores[...]
 
-            scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, plan.key_tile), jnp.float32))
+            scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, tiling.key_tile), jnp.float32))
             shape = scores.shape
             seen = lax.broadcast_in_dim(masks[slot], shape, (1,)) > 0
             if limit_ref is not None:
                 position = lax.broadcasted_iota(jnp.int32, shape, 1)
-                first = (start + step) * plan.key_tile
+                first = (start + step) * tiling.key_tile
                 seen = seen & (position < lax.broadcast_in_dim(limits[...] - first, shape, (0,)))
             scores = jnp.where(seen, scores * (width**-0.5 * LOG2_E), NO_KEY)
             new_top = jnp.maximum(top, scores.max(axis=1))
@@ -182,20 +183,20 @@ def _kernel(
 
             mixed = mixed * lax.broadcast_in_dim(shrink, mixed.shape, (0,))
             mixed = mixed + pl.run_scoped(mixture_of, plgpu.ACC((ROWS, width), jnp.float32))
-            pl.when(step + plan.stages < steps)(functools.partial(fetch, step + plan.stages, slot))
+            pl.when(step + tiling.stages < steps)(functools.partial(fetch, step + tiling.stages, slot))
             return mixed, new_top, total
 
         return lax.fori_loop(0, steps, step_over, (
             jnp.zeros((ROWS, width), jnp.float32), jnp.full((ROWS,), NO_KEY, jnp.float32),
             jnp.zeros((ROWS,), jnp.float32)))
 
-    ring = functools.partial(plgpu.Barrier, num_barriers=plan.stages)
+    ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
     mixed, top, total = pl.run_scoped(
         attend,
-        plgpu.SMEM((plan.stages, plan.key_tile, width), key_ref.dtype),
-        plgpu.SMEM((plan.stages, plan.key_tile, width), value_ref.dtype),
-        plgpu.SMEM((plan.stages, plan.key_tile), mask_ref.dtype),
-        plgpu.SMEM((ROWS, plan.key_tile), value_ref.dtype),
+        plgpu.SMEM((tiling.stages, tiling.key_tile, width), key_ref.dtype),
+        plgpu.SMEM((tiling.stages, tiling.key_tile, width), value_ref.dtype),
+        plgpu.SMEM((tiling.stages, tiling.key_tile), mask_ref.dtype),
+        plgpu.SMEM((ROWS, tiling.key_tile), value_ref.dtype),
         ring(num_arrivals=2), ring(num_arrivals=1))
     total = jnp.where(total > 0, total, 1.0)
     mixed = mixed / lax.broadcast_in_dim(total, mixed.shape, (0,))
@@ -209,16 +210,16 @@ def _kernel(
             plgpu.copy_smem_to_gmem(staged, out_refs[0].at[split, batch, chunk, tile])
             plgpu.copy_smem_to_gmem(log_sums, out_refs[1].at[split, batch, chunk, tile])
         else:
-            for index in range(plan.fold):
+            for index in range(tiling.fold):
                 plgpu.copy_smem_to_gmem(
-                    staged.at[pl.ds(index * plan.queries, plan.queries)],
-                    out_refs[0].at[batch, window, chunk * plan.fold + index])
+                    staged.at[pl.ds(index * tiling.queries, tiling.queries)],
+                    out_refs[0].at[batch, window, chunk * tiling.fold + index])
         plgpu.wait_smem_to_gmem(0)
 
     # after the ring is given back: the staging tile takes its memory
     pl.run_scoped(
         store, plgpu.SMEM((ROWS, width), out_refs[0].dtype),
-        plgpu.SMEM((ROWS,), jnp.float32) if plan.splits > 1 else None)
+        plgpu.SMEM((ROWS,), jnp.float32) if tiling.splits > 1 else None)
 
 
 def _whole_tiles(array: Float[Array, "B N H K"]) -> Float[Array, "B P H K"]:
@@ -229,35 +230,35 @@ def _whole_tiles(array: Float[Array, "B N H K"]) -> Float[Array, "B P H K"]:
 
 
 def _forward(
-    query: Array, key: Array, value: Array, key_mask: Array, key_limit: Array | None, *, plan: Plan,
+    query: Array, key: Array, value: Array, key_mask: Array, key_limit: Array | None, *, tiling: Tiling,
     interpret: bool,
 ) -> Array:
     batch, window, heads, width = query.shape
-    limits = None if key_limit is None else _limit_rows(key_limit, plan)
-    padding = plan.key_tiles * plan.key_tile - key.shape[1]
+    limits = None if key_limit is None else _limit_rows(key_limit, tiling)
+    padding = tiling.key_tiles * tiling.key_tile - key.shape[1]
     exists = jnp.pad(key_mask.astype(jnp.float32), ((0, 0), (0, padding)))
     query, key, value = (_whole_tiles(array) for array in (query, key, value))
-    chunks = heads // plan.fold
-    rows = (plan.splits, batch, chunks, plan.query_tiles, ROWS)
+    chunks = heads // tiling.fold
+    rows = (tiling.splits, batch, chunks, tiling.query_tiles, ROWS)
     partials = [jax.ShapeDtypeStruct((*rows, width), jnp.float32), jax.ShapeDtypeStruct(rows, jnp.float32)]
     outputs = plgpu.kernel(
-        functools.partial(_kernel, plan=plan, limited=limits is not None),
-        out_type=partials if plan.splits > 1 else [jax.ShapeDtypeStruct(query.shape, value.dtype)],
-        grid=(batch, chunks, plan.splits, plan.query_tiles), grid_names=("batch", "chunk", "split", "tile"),
+        functools.partial(_kernel, tiling=tiling, limited=limits is not None),
+        out_type=partials if tiling.splits > 1 else [jax.ShapeDtypeStruct(query.shape, value.dtype)],
+        grid=(batch, chunks, tiling.splits, tiling.query_tiles), grid_names=("batch", "chunk", "split", "tile"),
         scratch_types=(
             plgpu.SMEM((ROWS, width), query.dtype), plgpu.SMEM((ROWS,), jnp.int32),
-            plgpu.Barrier(num_arrivals=plan.fold), plgpu.Barrier()),
+            plgpu.Barrier(num_arrivals=tiling.fold), plgpu.Barrier()),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
         kernel_name="attention",
         interpret=gpu_interpreter(interpret),
-    )(_tile_spans(key_mask, limits, plan), exists, query, key, value, *([] if limits is None else [limits]))
-    if plan.splits == 1:
+    )(_tile_spans(key_mask, limits, tiling), exists, query, key, value, *([] if limits is None else [limits]))
+    if tiling.splits == 1:
         return outputs[0][:, :window]
-    return _combine(outputs[0], outputs[1], plan, window).astype(value.dtype)
+    return _combine(outputs[0], outputs[1], tiling, window).astype(value.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "interpret"))  # so that a model's layers share one tracing
+@functools.partial(jax.jit, static_argnames=("tiling", "interpret"))  # so that a model's layers share one tracing
 def attention_mosaic_gpu(
     query: Float[Array, "B W H K"],
     key: Float[Array, "B T G K"],
@@ -265,14 +266,14 @@ def attention_mosaic_gpu(
     key_mask: Bool[Array, "B T"],
     key_limit: Int[Array, " W"] | None,
     *,
-    plan: Plan | None = None,
+    tiling: Tiling | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B W H K"]:
     """See `kernels_pallas.attention`; query w sees only keys before `key_limit[w]`.
 
-    Reverse mode only: the gradient is that of the XLA implementation. `plan` is the one for the device in use if None.
+    Reverse mode only: the gradient is that of the XLA implementation. `tiling` None is the one for the device in use.
     """
-    if plan is None:
-        plan = make_plan(query, key, **load_config("attention", device_kind=device_kind(), regime="mosaic_gpu"))
-    forward = functools.partial(_forward, plan=plan, interpret=interpret)
+    if tiling is None:
+        tiling = make_tiling(query, key, **load_config("attention", device_kind=device_kind(), regime="mosaic_gpu"))
+    forward = functools.partial(_forward, tiling=tiling, interpret=interpret)
     return with_gradient_of(attention_xla, forward)(query, key, value, key_mask, key_limit)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 def visible_keys(
     key_mask: Bool[Array, "B T"] | Bool[Array, "B W T"], key_limit: Int[Array, " W"] | None
 ) -> Bool[Array, " B #W T"]:
-    """Which keys each query sees: one row for all queries where they see the same."""
+    """The keys that each query sees: one row for all queries where they see the same."""
     mask = key_mask[:, None] if key_mask.ndim == 2 else key_mask
     if key_limit is None:
         return mask

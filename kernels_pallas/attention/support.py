@@ -1,4 +1,4 @@
-"""What the implementations that are no plain XLA support. Apart from them, so that asking imports no kernel."""
+"""Calls that the implementations other than plain XLA support. Apart from them, so that asking imports no kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TPU_LANES = 128
 def unsupported_by_cudnn(
     platform: str, query: Any, key: Any, value: Any, key_mask: Any, block_length: int | None
 ) -> str | None:
-    """Why cuDNN cannot compute a call, or None."""
+    """The reason why cuDNN cannot compute a call, or None."""
     del key_mask, block_length
     if platform != "gpu":
         return f"it needs an NVIDIA GPU, got {platform}"
@@ -42,7 +42,7 @@ def _missing_cudnn() -> str | None:
 def unsupported_by_mosaic_gpu(
     platform: str, query: Any, key: Any, value: Any, key_mask: Any, block_length: int | None
 ) -> str | None:
-    """Why the kernel cannot compute a call, or None."""
+    """The reason why the kernel cannot compute a call, or None."""
     del block_length
     reason = without_hopper(platform)
     if reason is not None:
@@ -59,7 +59,7 @@ def unsupported_by_mosaic_gpu(
 def unsupported_by_pallas_tpu(
     platform: str, query: Any, key: Any, value: Any, key_mask: Any, block_length: int | None
 ) -> str | None:
-    """Why the kernel cannot compute a call, or None."""
+    """The reason why the kernel cannot compute a call, or None."""
     if platform != "tpu":
         return f"it needs a TPU, got {platform}"
     if query.shape[2] != key.shape[2]:

@@ -34,7 +34,7 @@ WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warp
 
 
 class Tile(NamedTuple):
-    """What one program computes at a time."""
+    """The tile that one program computes at a time."""
 
     rows: int
     """Rows of a block: a multiple of 8, at most 256."""

@@ -88,7 +88,7 @@ def plan_kernel(
         plgpu.barrier_wait(ready)
 
         def count(mine: Array, index: Array) -> tuple[Array, Array]:
-            """How many rows have a smaller key than each of `mine`, and how many the same before `index`."""
+            """Number of rows with a smaller key than each of `mine`, and of rows with the same key before `index`."""
 
             def step(chunk: Array, counts: tuple[Array, Array]) -> tuple[Array, Array]:
                 other = _across(key(plgpu.load(ids_s.at[chunk], layout=_BY_COLUMN)))
@@ -151,5 +151,5 @@ def _across(values: Array) -> Array:
 
 
 def _divide(values: Array, divisor: int) -> Array:
-    """Of numbers that are not negative: // would lower to a correction for signs."""
+    """Divide numbers that are not negative: // would lower to a correction for signs."""
     return lax.div(values, jnp.full_like(values, divisor))

@@ -33,7 +33,7 @@ MOST_PAIRS = 16384
 
 
 def regime(num_rows: int, slots: int, num_experts: int) -> str:
-    """Which of `configs.json`'s block sizes M rows of k experts each call for, by an expert's expected share.
+    """The block sizes of `configs.json` for M rows of k experts each, by an expert's expected share.
 
     Of a shard of the experts most ids select none: where k is a large part of E, an eighth of the rows is expected.
     """

@@ -22,9 +22,9 @@ class Grouping(NamedTuple):
     key: Int[Array, "M k"]
     """The expert of each; E where the id selects none. These form a group behind all experts."""
     rank: Int[Array, "M k"]
-    """How many rows of the same key come before it."""
+    """Number of earlier rows with the same key."""
     start: Int[Array, " E+1"]
-    """How many rows have a smaller key: the positions at which groups start if they lie without gaps."""
+    """Number of rows with a smaller key: the positions at which groups start if they lie without gaps."""
 
 
 def group_rows(expert_ids: Int[Array, "M k"], num_experts: int) -> Grouping:
@@ -38,7 +38,7 @@ def group_rows(expert_ids: Int[Array, "M k"], num_experts: int) -> Grouping:
 
 
 def _rank_within(keys: Int[Array, "chunks C"]) -> Int[Array, "chunks C"]:
-    """How many equal keys come before each in its chunk."""
+    """Number of equal keys before each in its chunk."""
     index = jnp.arange(keys.shape[1], dtype=jnp.int32)
     before = (keys[:, :, None] == keys[:, None, :]) & (index[:, None] > index[None])[None]
     return jnp.sum(before, axis=2, dtype=jnp.int32)

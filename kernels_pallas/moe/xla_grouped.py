@@ -27,20 +27,20 @@ WEIGHTS_LEFT = False
 """Whether products are W . x^T and not x . W^T. The faster one depends on the processor: see `benchmarks.moe_sides`."""
 
 
-class Plan(NamedTuple):
-    """Where each of the S = M * k routed rows goes: C places an expert in the product, or the blocks."""
+class Grouping(NamedTuple):
+    """Places of the S = M * k routed rows: C an expert in the product, or the blocks."""
 
     place: Int[Array, "M k"]
     """Place in the product, expert * C + rank; E * C for a row that overflows or goes nowhere."""
     source: Int[Array, " E*C"]
-    """What fills each place, row * k + slot; M * k where nothing does."""
+    """Occupant of each place, row * k + slot; M * k where there is none."""
     overflow: Int[Array, " S+largest"]
-    """What overflows, expert by expert without gaps: row * k + slot; 0 where nothing is left."""
+    """Overflowing rows, expert by expert without gaps: row * k + slot; 0 where nothing is left."""
     start: Int[Array, " blocks"]
     """First entry of `overflow` in each block; they rise."""
     expert: Int[Array, " blocks"]
     rows: Int[Array, " blocks"]
-    """How many of the block's entries are the expert's; the following ones belong to the next block."""
+    """Number of the block's entries that are the expert's; the following ones belong to the next block."""
     num_blocks: Int[Array, ""]
     """Blocks in use: they come first."""
 
@@ -63,7 +63,7 @@ def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
     return tuple(size for below, size in zip((0, *BLOCK_SIZES), BLOCK_SIZES, strict=False) if below < max(wanted, 1))
 
 
-def plan_rows(expert_ids: Int[Array, "M k"], num_experts: int, places: int, largest: int) -> Plan:
+def group_rows(expert_ids: Int[Array, "M k"], num_experts: int, places: int, largest: int) -> Grouping:
     """Places for all routed rows, `places` = C an expert, and blocks of up to `largest` for the rest.
 
     Rows of one expert keep their order.
@@ -88,7 +88,7 @@ def plan_rows(expert_ids: Int[Array, "M k"], num_experts: int, places: int, larg
     block = jnp.arange(min(routed, routed // largest + num_experts), dtype=jnp.int32)
     owner = jnp.minimum(jnp.sum(block[:, None] >= last[None], axis=1, dtype=jnp.int32), num_experts - 1)
     done = (block - (last - blocks)[owner]) * largest
-    return Plan(
+    return Grouping(
         place=place.reshape(num_tokens, slots), source=source, overflow=overflow,
         start=first[owner] + done, expert=owner, rows=jnp.clip(more[owner] - done, 0, largest), num_blocks=last[-1])
 
@@ -111,45 +111,46 @@ def _swiglu(rows: Array, gate: Array, up: Array, down: Array, *, weights_left: b
     return lax.optimization_barrier(dot(down, hidden, last, last - 1)).swapaxes(-1, -2)
 
 
-def _rows_in_place(x: Array, plan: Plan, *, num_experts: int) -> Float[Array, "E C D"]:
+def _rows_in_place(x: Array, grouping: Grouping, *, num_experts: int) -> Float[Array, "E C D"]:
     """The rows of the product; any row where nothing has the place."""
-    slots = plan.place.shape[1]
-    return x[jnp.minimum(plan.source // slots, len(x) - 1)].reshape(num_experts, -1, x.shape[1])
+    slots = grouping.place.shape[1]
+    return x[jnp.minimum(grouping.source // slots, len(x) - 1)].reshape(num_experts, -1, x.shape[1])
 
 
-def _from_places(values: Float[Array, "E*C D"], plan: Plan, *, slot: int) -> Float[Array, "M D"]:
-    """What stands at the place of each row's slot; zeros for a row without one."""
-    place = plan.place[:, slot, None]
+def _from_places(values: Float[Array, "E*C D"], grouping: Grouping, *, slot: int) -> Float[Array, "M D"]:
+    """Value at the place of each row's slot; zeros for a row without one."""
+    place = grouping.place[:, slot, None]
     return jnp.where(place < len(values), values[jnp.minimum(place[:, 0], len(values) - 1)], 0.0)
 
 
 def _product(
-    x: Array, weights: Array, gate: Array, up: Array, down: Array, *, plan: Plan, weights_left: bool
+    x: Array, weights: Array, gate: Array, up: Array, down: Array, *, grouping: Grouping, weights_left: bool
 ) -> Float[Array, "M D"]:
-    """What the rows with a place contribute, float32."""
-    rows = _rows_in_place(x, plan, num_experts=len(gate))
+    """Contribution of the rows with a place, float32."""
+    rows = _rows_in_place(x, grouping, num_experts=len(gate))
     outputs = _swiglu(rows, gate, up, down, weights_left=weights_left).reshape(-1, x.shape[1])
     total = jnp.zeros(x.shape, jnp.float32)
     for slot in range(weights.shape[1]):  # slot by slot: no [M, k, D] array
-        total += weights[:, slot, None].astype(jnp.float32) * _from_places(outputs, plan, slot=slot)
+        total += weights[:, slot, None].astype(jnp.float32) * _from_places(outputs, grouping, slot=slot)
     return total
 
 
 def _product_gradient(
-    x: Array, weights: Array, gate: Array, up: Array, down: Array, cotangent: Array, *, plan: Plan, weights_left: bool
+    x: Array, weights: Array, gate: Array, up: Array, down: Array, cotangent: Array, *, grouping: Grouping,
+    weights_left: bool,
 ) -> tuple[Array, ...]:
     """Gradients of `_product` in x, weights and the matrices. A row has one place a slot, and a place one row:
     what autodiff would scatter is gathered."""
     slots = weights.shape[1]
     outputs, pull_back = jax.vjp(
-        partial(_swiglu, weights_left=weights_left), _rows_in_place(x, plan, num_experts=len(gate)), gate, up, down)
-    filled, entry = plan.source < weights.size, jnp.minimum(plan.source, weights.size - 1)
+        partial(_swiglu, weights_left=weights_left), _rows_in_place(x, grouping, num_experts=len(gate)), gate, up, down)
+    filled, entry = grouping.source < weights.size, jnp.minimum(grouping.source, weights.size - 1)
     scale = jnp.where(filled, weights.reshape(-1)[entry].astype(jnp.float32), 0.0)
     rows, *matrices = pull_back((scale[:, None] * cotangent[entry // slots]).reshape(outputs.shape))
     outputs, rows = outputs.reshape(-1, x.shape[1]), rows.reshape(-1, x.shape[1]).astype(jnp.float32)
     at_slots = range(slots)
-    grad_x = sum(_from_places(rows, plan, slot=slot) for slot in at_slots)
-    grad_weights = [jnp.sum(cotangent * _from_places(outputs, plan, slot=slot), axis=1) for slot in at_slots]
+    grad_x = sum(_from_places(rows, grouping, slot=slot) for slot in at_slots)
+    grad_weights = [jnp.sum(cotangent * _from_places(outputs, grouping, slot=slot), axis=1) for slot in at_slots]
     return jnp.asarray(grad_x, x.dtype), jnp.stack(grad_weights, axis=1).astype(weights.dtype), *matrices
 
 
@@ -164,13 +165,13 @@ class _Block(NamedTuple):
     size_index: Int[Array, ""]
 
 
-def _block(plan: Plan, index: Array, *, sizes: tuple[int, ...], slots: int) -> _Block:
-    entries = lax.dynamic_slice(plan.overflow, (plan.start[index],), sizes[-1:])
-    mine = jnp.arange(sizes[-1], dtype=jnp.int32) < plan.rows[index]
-    entries = jnp.where(mine, entries, len(plan.overflow) - sizes[-1])
+def _block(grouping: Grouping, index: Array, *, sizes: tuple[int, ...], slots: int) -> _Block:
+    entries = lax.dynamic_slice(grouping.overflow, (grouping.start[index],), sizes[-1:])
+    mine = jnp.arange(sizes[-1], dtype=jnp.int32) < grouping.rows[index]
+    entries = jnp.where(mine, entries, len(grouping.overflow) - sizes[-1])
     return _Block(
-        rows=entries // slots, entries=entries, expert=plan.expert[index],
-        size_index=jnp.sum(plan.rows[index] > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32))
+        rows=entries // slots, entries=entries, expert=grouping.expert[index],
+        size_index=jnp.sum(grouping.rows[index] > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32))
 
 
 def _through_expert(
@@ -187,29 +188,29 @@ def _through_expert(
     return weights[:, None].astype(jnp.float32) * result
 
 
-def _plan(expert_ids: Array, gate: Array) -> tuple[Plan, tuple[int, ...]]:
-    """The plan of a call, and the sizes of its loop's blocks: none where everything has a place."""
+def _grouping(expert_ids: Array, gate: Array) -> tuple[Grouping, tuple[int, ...]]:
+    """The grouping of a call, and the sizes of its loop's blocks: none where everything has a place."""
     shape = expert_ids.size, gate.shape[0]
     sizes = block_sizes(*shape)
-    return plan_rows(expert_ids, shape[1], capacity(*shape), sizes[-1] if sizes else 1), sizes
+    return group_rows(expert_ids, shape[1], capacity(*shape), sizes[-1] if sizes else 1), sizes
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(
     weights_left: bool, x: Array, expert_ids: Array, weights: Array, gate: Array, up: Array, down: Array
 ) -> Array:
-    plan, sizes = _plan(expert_ids, gate)
-    total = _product(x, weights, gate, up, down, plan=plan, weights_left=weights_left)
+    grouping, sizes = _grouping(expert_ids, gate)
+    total = _product(x, weights, gate, up, down, grouping=grouping, weights_left=weights_left)
 
     def add_block(index: Array, total: Array) -> Array:
-        block = _block(plan, index, sizes=sizes, slots=weights.shape[1])
+        block = _block(grouping, index, sizes=sizes, slots=weights.shape[1])
         # Only the block's own result goes through the switch: `total` would be copied by every branch.
         result = _through_expert(
             x[block.rows], weights.reshape(-1)[block.entries], gate[block.expert], up[block.expert],
             down[block.expert], size_index=block.size_index, sizes=sizes, weights_left=weights_left)
         return total.at[block.rows].add(result, mode="drop")
 
-    return (lax.fori_loop(0, plan.num_blocks, add_block, total) if sizes else total).astype(x.dtype)
+    return (lax.fori_loop(0, grouping.num_blocks, add_block, total) if sizes else total).astype(x.dtype)
 
 
 def _vjp_forward(weights_left: bool, *operands: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -219,15 +220,15 @@ def _vjp_forward(weights_left: bool, *operands: Array) -> tuple[Array, tuple[Arr
 def _vjp_backward(
     weights_left: bool, operands: tuple[Array, ...], cotangent: Array
 ) -> tuple[Array | None, ...]:
-    """The same two parts, recomputed: activations are not kept between the passes."""
+    """Recompute the two parts: activations are not kept between the passes."""
     x, expert_ids, weights, gate, up, down = operands
-    plan, sizes = _plan(expert_ids, gate)
+    grouping, sizes = _grouping(expert_ids, gate)
     cotangent = cotangent.astype(jnp.float32)
-    grads = _product_gradient(x, weights, gate, up, down, cotangent, plan=plan, weights_left=weights_left)
+    grads = _product_gradient(x, weights, gate, up, down, cotangent, grouping=grouping, weights_left=weights_left)
 
     def add_block(index: Array, grads: tuple[Array, ...]) -> tuple[Array, ...]:
         grad_x, grad_weights, *grad_matrices = grads
-        block = _block(plan, index, sizes=sizes, slots=weights.shape[1])
+        block = _block(grouping, index, sizes=sizes, slots=weights.shape[1])
         mine = (block.rows < len(x))[:, None]
         _, pull_back = jax.vjp(
             partial(_through_expert, size_index=block.size_index, sizes=sizes, weights_left=weights_left),
@@ -241,7 +242,7 @@ def _vjp_backward(
 
     if sizes:
         grads = (grads[0], grads[1].reshape(-1), *grads[2:])
-        grads = lax.fori_loop(0, plan.num_blocks, add_block, grads)
+        grads = lax.fori_loop(0, grouping.num_blocks, add_block, grads)
     return (grads[0], None, grads[1].reshape(weights.shape), *grads[2:])
 
 

@@ -137,7 +137,7 @@ def unembed(
     first_id: Int[Array, ""] | int = 0,
     implementation: str | None = None,
 ) -> Readout:
-    """What a denoising step needs of the logits hidden @ head^T: never the logits themselves.
+    """Give what a denoising step needs of the logits hidden @ head^T: never the logits themselves.
 
     Logits are accumulated in float32 (all bits of float32 operands count). Values of `forbidden`,
     `vocab_limit`, `temperature` and `first_id` are traced: changing them compiles nothing. Rows do not touch

@@ -45,8 +45,8 @@ BY_ELEMENT = plgpu.Layout.WGMMA
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
-class Plan(NamedTuple):
-    """How a call is laid out over blocks."""
+class Tiling(NamedTuple):
+    """The layout of a call over blocks."""
 
     rows: int
     """Rows of `hidden` in a block, 64 or 128."""
@@ -61,17 +61,17 @@ class Plan(NamedTuple):
     """Ids that are reduced at a time: what bounds the registers."""
 
 
-def make_plan(rows: int, vocabulary: int, *, ids: int, stages: int, blocks: int, slice: int) -> Plan:
+def make_tiling(rows: int, vocabulary: int, *, ids: int, stages: int, blocks: int, slice: int) -> Tiling:
     """Layout for N rows: about `blocks` blocks."""
     tile_rows = ROWS if rows <= ROWS else 2 * ROWS
     row_tiles, tiles = pl.cdiv(rows, tile_rows), pl.cdiv(vocabulary, WARPGROUPS * ids)
     groups = min(max(blocks // row_tiles, 1), tiles)
-    return Plan(
+    return Tiling(
         rows=tile_rows, row_tiles=row_tiles, ids=ids, tiles=tiles, groups=groups, stages=stages, slice=slice)
 
 
 class Scalars(NamedTuple):
-    """What all rows share, in registers."""
+    """Values that all rows share, in registers."""
 
     limit: Array
     """First id that is not allowed any more, or that the head has not."""
@@ -103,11 +103,11 @@ class Slice(NamedTuple):
     allowed: Array
 
     def clean(self) -> Array:
-        """As `running.Tile.clean`."""
+        """`running.Tile.clean` on this tile's layout."""
         return jnp.where(self.allowed & (self.logits > -jnp.inf), self.logits, -jnp.inf)
 
     def kept(self) -> Array:
-        """As `running.Tile.kept`."""
+        """`running.Tile.kept` on this tile's layout."""
         return jnp.where(self.allowed | (self.logits != self.logits), self.logits, -jnp.inf)
 
 
@@ -125,7 +125,7 @@ def _slice(tile_ref: Any, index: Array, first: Array, fresh: Array, scalars: Sca
 def _add_greedy(
     state: Greedy, slice_at: Callable[[Array], Slice], shape: tuple[int, ...], *, second: bool, entropy: bool
 ) -> Greedy:
-    """As `running.add_greedy`, on vectors of 64 rows: over a thread's own ids, then over the threads of a row."""
+    """`running.add_greedy` on vectors of 64 rows: over a thread's own ids, then over the threads of a row."""
     count, columns = shape[0], shape[1:]
     none, zeros = (_full(columns, value, jnp.float32, BY_ELEMENT) for value in (-jnp.inf, 0.0))
 
@@ -170,7 +170,7 @@ def _add_drawn(
     state: Drawn, slice_at: Callable[[Array], Slice], shape: tuple[int, ...], best_logits: tuple[Array, Array],
     words: list[Array], temperature: Array,
 ) -> Drawn:
-    """As `running.add_drawn`, on vectors of 64 rows."""
+    """`running.add_drawn` on vectors of 64 rows."""
     count, columns = shape[0], shape[1:]
     none, zeros = (_full(columns, value, jnp.float32, BY_ELEMENT) for value in (-jnp.inf, 0.0))
     shift = _columns(finite(best_logits[1]), columns)
@@ -205,7 +205,7 @@ def _start() -> tuple[Greedy, Drawn]:
     return Greedy(no_id, none, zero, none, zero), Drawn(no_id, none, none, zero)
 
 
-def _fetch(hidden_ref: Any, head_ref: Any, tiles: Any, *, plan: Plan, steps: Array) -> None:
+def _fetch(hidden_ref: Any, head_ref: Any, tiles: Any, *, tiling: Tiling, steps: Array) -> None:
     """The fetching warpgroup: every stage of every tile of the block, in one go."""
     plgpu.set_max_registers(40, action="decrease")
     hidden_tile, head_tile, full, empty = tiles
@@ -213,54 +213,55 @@ def _fetch(hidden_ref: Any, head_ref: Any, tiles: Any, *, plan: Plan, steps: Arr
     stages_a_tile = hidden_ref.shape[1] // COLUMNS
 
     def wait_for_room(step: Array) -> Array:
-        slot = lax.rem(step, jnp.int32(plan.stages))
-        pl.when(step >= plan.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+        slot = lax.rem(step, jnp.int32(tiling.stages))
+        pl.when(step >= tiling.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
         return slot
 
     def fetch(step: Array, carry: None) -> None:
         slot = wait_for_room(step)
         index = lax.div(step, jnp.int32(stages_a_tile))
         columns = pl.ds((step - index * stages_a_tile) * COLUMNS, COLUMNS)
-        first = _first_place(group + index * plan.groups, head_ref.shape[0], plan)
+        first = _first_place(group + index * tiling.groups, head_ref.shape[0], tiling)
         plgpu.copy_gmem_to_smem(
-            hidden_ref.at[pl.ds(row_tile * plan.rows, plan.rows), columns], hidden_tile.at[slot], full.at[slot])
+            hidden_ref.at[pl.ds(row_tile * tiling.rows, tiling.rows), columns], hidden_tile.at[slot], full.at[slot])
         for part in range(WARPGROUPS):
             plgpu.copy_gmem_to_smem(
-                head_ref.at[pl.ds(first + part * plan.ids, plan.ids), columns], head_tile.at[slot, part], full.at[slot])
+                head_ref.at[pl.ds(first + part * tiling.ids, tiling.ids), columns], head_tile.at[slot, part],
+                full.at[slot])
 
     total = steps * stages_a_tile
     lax.fori_loop(0, total, fetch, None)
 
-    @pl.loop(total, total + plan.stages)
+    @pl.loop(total, total + tiling.stages)
     def _observe_the_last_arrivals(step: Array) -> None:
         wait_for_room(step)
 
 
-def _first_place(tile: Array, vocabulary: int, plan: Plan) -> Array:
+def _first_place(tile: Array, vocabulary: int, tiling: Tiling) -> Array:
     """First row of the head in a tile: the last tile reaches back, so that it is as long as all others."""
-    return jnp.minimum(tile * (WARPGROUPS * plan.ids), vocabulary - WARPGROUPS * plan.ids)
+    return jnp.minimum(tile * (WARPGROUPS * tiling.ids), vocabulary - WARPGROUPS * tiling.ids)
 
 
 def _tile_logits(
-    hidden_tile: Any, head_tile: Any, full: Any, empty: Any, *, plan: Plan, step: Array, count: int
+    hidden_tile: Any, head_tile: Any, full: Any, empty: Any, *, tiling: Tiling, step: Array, count: int
 ) -> Array:
     """Logits of one tile, [rows, ids] of this warpgroup, from the stages `step` to `step` + `count`."""
     part = lax.axis_index("warpgroup")
 
     def accumulate(acc: Any) -> Array:
         def multiply(index: Array, carry: None) -> None:
-            slot = lax.rem(step + index, jnp.int32(plan.stages))
+            slot = lax.rem(step + index, jnp.int32(tiling.stages))
             plgpu.barrier_wait(full.at[slot])
             plgpu.wgmma(acc, hidden_tile.at[slot], head_tile.at[slot, part].transpose((1, 0)))
             plgpu.wgmma_wait(1)  # the product before this one is complete, and its stage free
-            before = lax.rem(step + index + (plan.stages - 1), jnp.int32(plan.stages))
+            before = lax.rem(step + index + (tiling.stages - 1), jnp.int32(tiling.stages))
             pl.when(index > 0)(lambda: plgpu.barrier_arrive(empty.at[before]))
 
         lax.fori_loop(0, count, multiply, None)
         return acc[...]
 
-    logits = pl.run_scoped(accumulate, plgpu.ACC((plan.rows, plan.ids), jnp.float32))
-    plgpu.barrier_arrive(empty.at[lax.rem(step + (count - 1), jnp.int32(plan.stages))])
+    logits = pl.run_scoped(accumulate, plgpu.ACC((tiling.rows, tiling.ids), jnp.float32))
+    plgpu.barrier_arrive(empty.at[lax.rem(step + (count - 1), jnp.int32(tiling.stages))])
     return logits
 
 
@@ -272,15 +273,15 @@ def _words_of(given: dict[str, Any], row: Array) -> list[Array]:
 
 def _kernel(
     given: dict[str, Any], greedy_out: Any, drawn_out: Any, ids_staged: Any, values_staged: Any,
-    logits_staged: Any, *tiles: Any, plan: Plan, second: bool, entropy: bool,
+    logits_staged: Any, *tiles: Any, tiling: Tiling, second: bool, entropy: bool,
 ) -> None:
-    """One block: a row tile over every `plan.groups`-th tile of the vocabulary."""
+    """One block: a row tile over every `tiling.groups`-th tile of the vocabulary."""
     hidden_ref, head_ref = given["hidden"], given["head"]
     draw, num_forbidden = "temperature" in given, given["forbidden"].shape[0] if "forbidden" in given else 0
     group, row_tile, part = (lax.axis_index(name) for name in ("group", "row_tile", "warpgroup"))
-    steps = pl.cdiv(plan.tiles - group, plan.groups)
+    steps = pl.cdiv(tiling.tiles - group, tiling.groups)
     vocabulary, stages_a_tile = head_ref.shape[0], hidden_ref.shape[1] // COLUMNS
-    pl.when(part == WARPGROUPS)(functools.partial(_fetch, hidden_ref, head_ref, tiles, plan=plan, steps=steps))
+    pl.when(part == WARPGROUPS)(functools.partial(_fetch, hidden_ref, head_ref, tiles, tiling=tiling, steps=steps))
 
     @pl.when(part < WARPGROUPS)
     def _compute() -> None:
@@ -295,21 +296,21 @@ def _kernel(
             limit=jnp.minimum(given["vocab_limit"][0], first_id + vocabulary), first_id=first_id,
             forbidden=tuple(given["forbidden"][index] for index in range(num_forbidden)),
             temperature=given["temperature"][0] if draw else None)
-        halves, mine = range(plan.rows // ROWS), logits_staged.at[part]
-        words = [_words_of(given, row_tile * plan.rows + half * ROWS) for half in halves]
+        halves, mine = range(tiling.rows // ROWS), logits_staged.at[part]
+        words = [_words_of(given, row_tile * tiling.rows + half * ROWS) for half in halves]
 
         def add_tile(index: Array, state: list[tuple[Greedy, Drawn]]) -> list[tuple[Greedy, Drawn]]:
-            tile = group + index * plan.groups
+            tile = group + index * tiling.groups
             logits = _tile_logits(
-                *tiles, plan=plan, step=index * stages_a_tile, count=stages_a_tile)
-            first = _first_place(tile, vocabulary, plan) + part * plan.ids + scalars.first_id
-            fresh = tile * (WARPGROUPS * plan.ids) + scalars.first_id
+                *tiles, tiling=tiling, step=index * stages_a_tile, count=stages_a_tile)
+            first = _first_place(tile, vocabulary, tiling) + part * tiling.ids + scalars.first_id
+            fresh = tile * (WARPGROUPS * tiling.ids) + scalars.first_id
             after = []
             for half in halves:
                 greedy, drawn = state[half]
                 for number in range(mine.shape[0]):
-                    start = half * ROWS, number * plan.slice
-                    mine[number] = lax.slice(logits, start, (start[0] + ROWS, start[1] + plan.slice))
+                    start = half * ROWS, number * tiling.slice
+                    mine[number] = lax.slice(logits, start, (start[0] + ROWS, start[1] + tiling.slice))
                 plgpu.commit_smem()
                 slice_at = functools.partial(_slice, mine, first=first, fresh=fresh, scalars=scalars)
                 new = _add_greedy(greedy, slice_at, mine.shape, second=second, entropy=entropy)
@@ -330,16 +331,16 @@ def _kernel(
                 staged[rows] = values
         plgpu.commit_smem()
         for staged, out in zip(staged_fields, (*greedy_out, *drawn_out), strict=True):
-            plgpu.copy_smem_to_gmem(staged, out.at[group, part, pl.ds(row_tile * plan.rows, plan.rows)])
+            plgpu.copy_smem_to_gmem(staged, out.at[group, part, pl.ds(row_tile * tiling.rows, tiling.rows)])
         plgpu.wait_smem_to_gmem(0)
 
 
-def unembed_mosaic_gpu(call: Call, *, plan: Plan | None = None, interpret: bool = False) -> Readout:
-    """See `kernels_pallas.unembed.unembed`. `plan` is the configured one if None."""
+def unembed_mosaic_gpu(call: Call, *, tiling: Tiling | None = None, interpret: bool = False) -> Readout:
+    """See `kernels_pallas.unembed.unembed`. `tiling` is the configured one if None."""
     rows = call.hidden.shape[0]
-    if plan is None:
-        plan = make_plan(rows, call.head.shape[0], **mosaic_config(rows))
-    padded = plan.row_tiles * plan.rows
+    if tiling is None:
+        tiling = make_tiling(rows, call.head.shape[0], **mosaic_config(rows))
+    padded = tiling.row_tiles * tiling.rows
     # a copy cuts whole swizzled tiles, so that rows above their height come in multiples of it
     missing = -rows % TILE_ROWS if rows > TILE_ROWS else 0
     given = {"hidden": jnp.pad(call.hidden, ((0, missing), (0, 0))), "head": call.head}
@@ -350,21 +351,21 @@ def unembed_mosaic_gpu(call: Call, *, plan: Plan | None = None, interpret: bool 
         given["temperature"] = call.temperature[None]
         given["words"] = jnp.pad(call.noise_keys.T, ((0, 0), (0, padded - rows)))
     ids, values = (
-        jax.ShapeDtypeStruct((plan.groups, WARPGROUPS, padded), dtype) for dtype in (jnp.int32, jnp.float32))
+        jax.ShapeDtypeStruct((tiling.groups, WARPGROUPS, padded), dtype) for dtype in (jnp.int32, jnp.float32))
     out_type: Any = (Greedy, (ids, *(values,) * 4)), (Drawn, (ids, *(values,) * 3))
     kernel = plgpu.kernel(
-        functools.partial(_kernel, plan=plan, second=call.second, entropy=call.entropy),
+        functools.partial(_kernel, tiling=tiling, second=call.second, entropy=call.entropy),
         out_type=tuple(state(*fields) for state, fields in out_type),
-        grid=(plan.groups, plan.row_tiles), grid_names=("group", "row_tile"),
+        grid=(tiling.groups, tiling.row_tiles), grid_names=("group", "row_tile"),
         num_threads=WARPGROUPS + 1, thread_name="warpgroup",
         scratch_types=(
-            plgpu.SMEM((WARPGROUPS, 2, plan.rows), jnp.int32),
-            plgpu.SMEM((WARPGROUPS, 7, plan.rows), jnp.float32),
-            plgpu.SMEM((WARPGROUPS, plan.ids // plan.slice, ROWS, plan.slice), jnp.float32),
-            plgpu.SMEM((plan.stages, plan.rows, COLUMNS), call.hidden.dtype),
-            plgpu.SMEM((plan.stages, WARPGROUPS, plan.ids, COLUMNS), call.head.dtype),
-            plgpu.Barrier(num_arrivals=1 + WARPGROUPS, num_barriers=plan.stages),
-            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=plan.stages)),
+            plgpu.SMEM((WARPGROUPS, 2, tiling.rows), jnp.int32),
+            plgpu.SMEM((WARPGROUPS, 7, tiling.rows), jnp.float32),
+            plgpu.SMEM((WARPGROUPS, tiling.ids // tiling.slice, ROWS, tiling.slice), jnp.float32),
+            plgpu.SMEM((tiling.stages, tiling.rows, COLUMNS), call.hidden.dtype),
+            plgpu.SMEM((tiling.stages, WARPGROUPS, tiling.ids, COLUMNS), call.head.dtype),
+            plgpu.Barrier(num_arrivals=1 + WARPGROUPS, num_barriers=tiling.stages),
+            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiling.stages)),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=gpu_interpreter(interpret))
     greedy, drawn = jax.tree.map(lambda field: field.reshape(-1, padded)[:, :rows], kernel(given))

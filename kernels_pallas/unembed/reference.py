@@ -23,7 +23,7 @@ def matmul(a: Array, b: Array, *, contract: tuple[int, int]) -> Float[Array, "..
 
 
 def allowed_ids(call: Call, ids: Int[Array, " V"]) -> Bool[Array, " V"]:
-    """Which ids are below the limit and not forbidden."""
+    """Ids that are below the limit and not forbidden."""
     forbidden = (ids[:, None] == call.forbidden[None]).any(axis=1)
     return (ids < call.vocab_limit) & ~forbidden
 
@@ -35,7 +35,7 @@ def lowest_id(holds: Bool[Array, "N V"], ids: Int[Array, " V"]) -> Int[Array, " 
 
 
 def unembed_reference(call: Call) -> Readout:
-    """See `kernels_pallas.unembed.unembed`."""
+    """Implement `kernels_pallas.unembed.unembed`."""
     logits = matmul(call.hidden, call.head, contract=(1, 1))
     ids = call.first_id + jnp.arange(call.head.shape[0], dtype=jnp.int32)
     allowed = allowed_ids(call, ids)[None]
@@ -84,7 +84,7 @@ def _at(call: Call, logits: Array, ids: Array) -> Float[Array, "N A"]:
 
 
 def readable(call: Call) -> Bool[Array, "N A"]:
-    """Which of the ids in `call.at` are allowed."""
+    """The ids in `call.at` that are allowed."""
     return allowed_ids(call, call.at.reshape(-1)).reshape(call.at.shape)
 
 

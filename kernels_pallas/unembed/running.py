@@ -1,4 +1,4 @@
-"""What is kept of the logits while the vocabulary goes by in tiles: an online softmax and its companions.
+"""Running sums over the logits while the vocabulary goes by in tiles: an online softmax and its companions.
 
 Plain jnp on [N, 1] columns and [N, C] tiles, so that an XLA loop and a Pallas TPU kernel share it.
 """
@@ -22,7 +22,7 @@ LARGEST_ID = 2**31 - 1
 
 
 class Greedy(NamedTuple):
-    """Of the allowed ids seen so far; sums are of exp(logit - shift), shift = the best logit where it is finite."""
+    """Sums over the allowed ids seen so far, of exp(logit - shift), shift = the best logit where it is finite."""
 
     best: Int[Array, "N 1"]
     """LARGEST_ID before any."""
@@ -35,7 +35,7 @@ class Greedy(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Of the allowed ids seen so far, with the temperature and the noise."""
+    """Sums over the allowed ids seen so far, with the temperature and the noise."""
 
     drawn: Int[Array, "N 1"]
     drawn_logit: Float[Array, "N 1"]
@@ -64,7 +64,7 @@ class Tile(NamedTuple):
 
 
 def finite(maximum: Float[Array, "..."]) -> Float[Array, "..."]:
-    """What to subtract before the exponential: an infinite maximum would give inf - inf."""
+    """The number to subtract before the exponential: an infinite maximum would give inf - inf."""
     return jnp.where(jnp.abs(maximum) < jnp.inf, maximum, 0.0)
 
 
@@ -74,13 +74,13 @@ def rescale(before: Float[Array, "N 1"], after: Float[Array, "N 1"]) -> Float[Ar
 
 
 def start_greedy(rows: int) -> Greedy:
-    """Nothing seen."""
+    """Sums before anything is seen."""
     zeros, none = jnp.zeros((rows, 1), jnp.float32), jnp.full((rows, 1), -jnp.inf, jnp.float32)
     return Greedy(jnp.full((rows, 1), LARGEST_ID, jnp.int32), none, zeros, none, zeros)
 
 
 def start_drawn(rows: int) -> Drawn:
-    """Nothing seen."""
+    """Sums before anything is seen."""
     zeros, none = jnp.zeros((rows, 1), jnp.float32), jnp.full((rows, 1), -jnp.inf, jnp.float32)
     return Drawn(jnp.full((rows, 1), LARGEST_ID, jnp.int32), none, none, zeros)
 

@@ -1,4 +1,4 @@
-"""What the kernels support. Apart from them, so that asking imports none."""
+"""Calls that the kernels support. Apart from them, so that asking imports none."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def any_call(platform: str, call: Call) -> str | None:
 
 
 def unsupported_by_mosaic_gpu(platform: str, call: Call) -> str | None:
-    """Why the kernel cannot compute a call, or None."""
+    """The reason why the kernel cannot compute a call, or None."""
     reason = without_hopper(platform)
     if reason is not None:
         return reason
@@ -55,7 +55,7 @@ def unsupported_by_mosaic_gpu(platform: str, call: Call) -> str | None:
 
 
 def unsupported_by_pallas_tpu(platform: str, call: Call) -> str | None:
-    """Why the kernel cannot compute a call, or None."""
+    """The reason why the kernel cannot compute a call, or None."""
     if platform != "tpu":
         return f"it needs a TPU, got {platform}"
     if call.head.shape[1] % TPU_LANES:

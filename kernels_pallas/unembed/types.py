@@ -1,4 +1,4 @@
-"""What goes into the op, and what it gives."""
+"""Arguments of the op, and its result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NO_ID = -1
 
 
 class Readout(NamedTuple):
-    """What N rows of logits say, without the logits: float32 values and int32 ids.
+    """Summary of N rows of logits: float32 values and int32 ids.
 
     "Allowed" ids are those below `vocab_limit` that are not forbidden. A NaN among the logits makes the row's
     `log_total`, `log_sum_tempered`, `entropy` and `expected` NaN; the other fields leave it out.
@@ -39,7 +39,7 @@ class Readout(NamedTuple):
     second_logit: Float[Array, " N"] | None
     """The runner-up's logit (the best one's, if two share it); -inf where one id is allowed."""
     entropy: Float[Array, " N"] | None
-    """Of softmax over the allowed ids, in nats; NaN where `log_total` is not finite."""
+    """Entropy of the softmax over the allowed ids, in nats; NaN where `log_total` is not finite."""
     expected: Float[Array, "N D2"] | None
     """softmax(all logits, those of forbidden ids too) @ embedding, in the embedding's dtype."""
     log_total_all: Float[Array, " N"] | None

@@ -39,7 +39,7 @@ _ALIGNMENT = 128
 
 
 class Expected(NamedTuple):
-    """Of all ids seen so far: the sum of exp(logit - shift) * embedding, and what it takes to go on."""
+    """Sums over all ids seen so far: of exp(logit - shift) * embedding, and what it takes to go on."""
 
     maximum: Float[Array, "N 1"]
     total: Float[Array, "N 1"]
@@ -58,7 +58,7 @@ def chunk_length(rows: int, vocabulary: int, *, elements: int, least: int, unrol
 
 
 def unembed_xla_stream(call: Call, *, chunk: int | None = None, unrolled: bool | None = None) -> Readout:
-    """See `kernels_pallas.unembed.unembed`.
+    """Implement `kernels_pallas.unembed.unembed`.
 
     `chunk` is the number of ids at a time and `unrolled` whether the loop is written out, as configured if None.
     """

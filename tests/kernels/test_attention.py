@@ -12,7 +12,7 @@ import pytest
 
 from kernels_pallas import attention, attention_choice
 from kernels_pallas.attention import IMPLEMENTATIONS
-from kernels_pallas.attention.pallas_mosaic_gpu import ROWS, Plan, attention_mosaic_gpu, make_plan
+from kernels_pallas.attention.pallas_mosaic_gpu import ROWS, Tiling, attention_mosaic_gpu, make_tiling
 from kernels_pallas.attention.pallas_tpu import attention_pallas_tpu
 from kernels_pallas.attention.xla import attention_xla
 from tests.cover import in_turn
@@ -61,25 +61,25 @@ def test_equals_the_loop(case: Case, implementation: str | None) -> None:
     assert_equals_the_loop(run(*arrays, **keywords, implementation=implementation), case)
 
 
-def interpreted(case: Case, plan: Plan) -> jax.Array:
+def interpreted(case: Case, tiling: Tiling) -> jax.Array:
     """The Mosaic GPU kernel on the host."""
     arrays, keywords = operands(case, SEED)
-    kernel = functools.partial(attention_mosaic_gpu, plan=plan, interpret=True)
+    kernel = functools.partial(attention_mosaic_gpu, tiling=tiling, interpret=True)
     return jax.jit(kernel)(*arrays, keywords["key_mask"], key_limit(case))
 
 
-def small_plan(case: Case, *, blocks: int) -> Plan:
+def small_tiling(case: Case, *, blocks: int) -> Tiling:
     (query, key, _), _ = operands(case, SEED)
-    return make_plan(query, key, key_tile=KEY_TILE, stages=2, blocks=blocks, max_splits=8)
+    return make_tiling(query, key, key_tile=KEY_TILE, stages=2, blocks=blocks, max_splits=8)
 
 
 @interprets_mosaic
 @pytest.mark.parametrize("case", supported_by("mosaic_gpu", "gpu"), ids=lambda case: case.name)
 @pytest.mark.parametrize("blocks", [1, 10**6], ids=["one_split", "splits"])
 def test_mosaic_equals_the_loop(case: Case, blocks: int) -> None:
-    plan = small_plan(case, blocks=blocks)
-    assert plan.splits == (1 if blocks == 1 else plan.key_tiles)
-    assert_equals_the_loop(interpreted(case, plan), case)
+    tiling = small_tiling(case, blocks=blocks)
+    assert tiling.splits == (1 if blocks == 1 else tiling.key_tiles)
+    assert_equals_the_loop(interpreted(case, tiling), case)
 
 
 @pytest.mark.parametrize("case", supported_by("pallas_tpu", "tpu"), ids=lambda case: case.name)
@@ -110,7 +110,7 @@ def test_keys_outside_the_mask_may_be_anything(implementation: str | None) -> No
 def test_mosaic_keys_outside_the_mask_may_be_anything() -> None:
     case = next(case for case in CASES if case.name == "tile")
     (query, key, value), keywords = operands(case, SEED)
-    kernel = jax.jit(functools.partial(attention_mosaic_gpu, plan=small_plan(case, blocks=1), interpret=True))
+    kernel = jax.jit(functools.partial(attention_mosaic_gpu, tiling=small_tiling(case, blocks=1), interpret=True))
     mask = keywords["key_mask"]
     poisoned = jnp.where(mask[..., None, None], key, jnp.nan)
     np.testing.assert_array_equal(kernel(query, poisoned, value, mask, None), kernel(query, key, value, mask, None))
@@ -161,7 +161,7 @@ def test_gradients_are_the_loops_slopes(case: Case, implementation: str | None) 
 def test_mosaic_has_the_gradient_of_xla() -> None:
     case = next(case for case in CASES if case.name == "tiles_of_grouped_heads")
     arrays, keywords = operands(case, SEED)
-    kernel = functools.partial(attention_mosaic_gpu, plan=small_plan(case, blocks=1), interpret=True)
+    kernel = functools.partial(attention_mosaic_gpu, tiling=small_tiling(case, blocks=1), interpret=True)
     rest = keywords["key_mask"], key_limit(case)
 
     def gradients(function: Any) -> Any:
@@ -263,11 +263,11 @@ def test_a_plan_covers_the_window_and_fills_the_gpu_once() -> None:
             (1, 96, 1200, 16, 16), (1, 32, 4096, 16, 16), (8, 96, 1200, 16, 16), (1, 96, 1200, 32, 8),
             (1, 1, 1, 16, 1), (2, 33, 512, 20, 4), (1, 4096, 4096, 16, 16)):
         (query, key, _), _ = shapes(batch=batch, window=window, length=length, heads=heads, groups=groups)
-        plan = make_plan(query, key, key_tile=64, stages=2, blocks=132, max_splits=16)
-        assert plan.fold * plan.queries == ROWS
-        assert heads // groups % plan.fold == 0
-        assert 0 <= plan.query_tiles * plan.queries - window < plan.queries
-        assert 0 <= plan.key_tiles * plan.key_tile - length < plan.key_tile
-        blocks = batch * heads // plan.fold * plan.query_tiles
-        assert plan.splits == 1 or blocks * plan.splits <= 132
-        assert 1 <= plan.splits <= plan.key_tiles
+        tiling = make_tiling(query, key, key_tile=64, stages=2, blocks=132, max_splits=16)
+        assert tiling.fold * tiling.queries == ROWS
+        assert heads // groups % tiling.fold == 0
+        assert 0 <= tiling.query_tiles * tiling.queries - window < tiling.queries
+        assert 0 <= tiling.key_tiles * tiling.key_tile - length < tiling.key_tile
+        blocks = batch * heads // tiling.fold * tiling.query_tiles
+        assert tiling.splits == 1 or blocks * tiling.splits <= 132
+        assert 1 <= tiling.splits <= tiling.key_tiles

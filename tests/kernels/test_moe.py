@@ -24,8 +24,8 @@ from kernels_pallas.moe.xla_grouped import (
     WEIGHTS_LEFT,
     block_sizes,
     capacity,
+    group_rows,
     moe_xla_grouped,
-    plan_rows,
 )
 from tests.cover import in_turn
 
@@ -35,7 +35,7 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 1.5e-2}
 SEED = 7
 NAMES = ["reference", "xla_grouped", "xla_dense", None]  # what a CPU runs as it is
 run = jax.jit(moe, static_argnames="implementation")
-plan_for = jax.jit(plan_rows, static_argnums=(1, 2, 3))
+groups_of = jax.jit(group_rows, static_argnums=(1, 2, 3))
 
 
 @pytest.fixture(params=NAMES, ids=str)
@@ -203,7 +203,7 @@ def test_the_plan_holds_every_routed_row_once() -> None:
     for rows, slots, experts, places, largest in (
             (37, 3, 6, 8, 16), (1, 1, 40, 8, 8), (64, 2, 4, 16, 32), (5, 4, 4, 24, 1), (40, 2, 2, 8, 8)):
         ids = rng.integers(-1, experts + 1, (rows, slots))
-        plan = jax.tree.map(np.asarray, plan_for(jnp.asarray(ids, jnp.int32), experts, places, largest))
+        plan = jax.tree.map(np.asarray, groups_of(jnp.asarray(ids, jnp.int32), experts, places, largest))
         entries = np.arange(rows * slots).reshape(rows, slots)
         blocks = {
             int(entry): int(plan.expert[block]) for block in range(plan.num_blocks)
@@ -232,7 +232,7 @@ def test_the_plan_holds_every_routed_row_once() -> None:
 def test_the_plan_has_room_for_the_worst_routing() -> None:
     for rows, slots, experts, largest in ((24, 1, 3, 8), (9, 2, 6, 8), (1, 2, 2, 8), (33, 1, 4, 16)):
         for ids in (np.arange(rows * slots) % experts, np.minimum(np.arange(rows * slots), experts - 1)):
-            plan = plan_for(jnp.asarray(ids.reshape(rows, slots), jnp.int32), experts, 1, largest)
+            plan = groups_of(jnp.asarray(ids.reshape(rows, slots), jnp.int32), experts, 1, largest)
             assert int(plan.num_blocks) <= len(plan.expert)
             assert int(plan.rows.sum()) == sum(max(np.sum(ids == expert) - 1, 0) for expert in range(experts))
             assert int((plan.start + plan.rows)[: plan.num_blocks].max(initial=0)) + largest <= len(plan.overflow)

@@ -14,7 +14,7 @@ import pytest
 from djax.plan import topology
 from kernels_pallas import unembed
 from kernels_pallas.unembed import pallas_mosaic_gpu
-from kernels_pallas.unembed.pallas_mosaic_gpu import make_plan, unembed_mosaic_gpu
+from kernels_pallas.unembed.pallas_mosaic_gpu import make_tiling, unembed_mosaic_gpu
 from kernels_pallas.unembed.pallas_tpu import unembed_pallas_tpu
 from tests.cover import every_second
 
@@ -42,8 +42,8 @@ MOSAIC_CASES = (*(no_expected(case, dtype="bfloat16") for case in CASES if case.
 
 def _mosaic(call: Any) -> Any:
     rows, vocabulary = call.hidden.shape[0], call.head.shape[0]
-    plan = make_plan(rows, vocabulary, ids=64, stages=2, blocks=2, slice=32)
-    return unembed_mosaic_gpu(call, plan=plan, interpret=True)
+    tiling = make_tiling(rows, vocabulary, ids=64, stages=2, blocks=2, slice=32)
+    return unembed_mosaic_gpu(call, tiling=tiling, interpret=True)
 
 
 MOSAIC = jitted(_mosaic)
@@ -73,12 +73,12 @@ def test_the_gpu_kernel_has_no_races(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_plan_covers_the_vocabulary_and_the_rows() -> None:
     for rows in (1, 64, 65, 96, 128, 129, 2048, 10**5):
         for vocabulary in (256, 257, 19648, 157184):
-            plan = make_plan(rows, vocabulary, ids=128, stages=3, blocks=132, slice=16)
-            assert plan.rows * (plan.row_tiles - 1) < rows <= plan.rows * plan.row_tiles
-            assert 256 * (plan.tiles - 1) < vocabulary <= 256 * plan.tiles
-            assert 1 <= plan.groups <= plan.tiles
-            assert plan.groups * plan.row_tiles <= max(132, plan.row_tiles)
-            assert rows > 128 or plan.row_tiles == 1, "the head is read from memory once"
+            tiling = make_tiling(rows, vocabulary, ids=128, stages=3, blocks=132, slice=16)
+            assert tiling.rows * (tiling.row_tiles - 1) < rows <= tiling.rows * tiling.row_tiles
+            assert 256 * (tiling.tiles - 1) < vocabulary <= 256 * tiling.tiles
+            assert 1 <= tiling.groups <= tiling.tiles
+            assert tiling.groups * tiling.row_tiles <= max(132, tiling.row_tiles)
+            assert rows > 128 or tiling.row_tiles == 1, "the head is read from memory once"
 
 
 @every_second([no_expected(case) for case in CASES])
