@@ -1,6 +1,6 @@
 """Whether the kernels compute on this device what they should: the tests' own tables, and the model's shapes.
 
-The tables (`tests/kernels/*_cases.py`) are compared with their float64 oracles, with the tests' tolerances. At the
+The tables (`kernels_pallas.testing`) are compared with their float64 oracles, with the tests' tolerances. At the
 model's shapes, where an oracle on the host would take minutes, an implementation is compared with the op's reference
 on the device: the norm of the difference over that of the reference.
 """
@@ -33,9 +33,9 @@ from kernels_pallas.attention import IMPLEMENTATIONS as ATTENTION
 from kernels_pallas.moe import IMPLEMENTATIONS as MOE
 from kernels_pallas.moe import QUANTIZED_IMPLEMENTATIONS as QUANTIZED
 from kernels_pallas.moe import ROUTE_IMPLEMENTATIONS as ROUTE
+from kernels_pallas.testing import attention_cases, moe_cases, unembed_cases
+from kernels_pallas.testing.unembed_check import check as check_readout
 from kernels_pallas.unembed import IMPLEMENTATIONS as UNEMBED
-from tests.kernels import attention_cases, moe_cases, unembed_cases
-from tests.kernels.unembed_check import check as check_readout
 
 SEED = 7
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1.5e-2}
@@ -88,7 +88,7 @@ def tables() -> Iterator[Case]:
 
 
 def moe_table() -> Iterator[Case]:
-    """`tests/kernels/moe_cases.py`."""
+    """`kernels_pallas/testing/moe_cases.py`."""
     for case in moe_cases.CASES:
         for name in ("reference", *candidates(MOE)):
             yield check(
@@ -97,7 +97,7 @@ def moe_table() -> Iterator[Case]:
 
 
 def attention_table() -> Iterator[Case]:
-    """`tests/kernels/attention_cases.py`."""
+    """`kernels_pallas/testing/attention_cases.py`."""
     for case in attention_cases.CASES:
         arrays, options = attention_cases.operands(case, SEED)
         static = {"block_length": options.pop("block_length")}
@@ -115,7 +115,7 @@ def attention_table() -> Iterator[Case]:
 
 
 def unembed_table() -> Iterator[Case]:
-    """`tests/kernels/unembed_cases.py`."""
+    """`kernels_pallas/testing/unembed_cases.py`."""
     for case in unembed_cases.CASES:
         arrays, options = unembed_cases.operands(case, SEED)
         static = {name: options.pop(name) for name in ("second", "entropy") if name in options}

@@ -28,8 +28,8 @@ from djax.rl.losses import trace_grpo_loss
 from djax.rollouts.rollout import EXACT
 from djax.train.loss import Batch
 from djax.train.step import init_state, make_step
+from kernels_pallas.testing import attention_cases, moe_cases, unembed_cases
 from tests import toy
-from tests.kernels import attention_cases, moe_cases, unembed_cases
 from tests.rl import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -25,8 +25,7 @@ from benchmarks.network import VARIANTS, Network, windowed_forward
 from benchmarks.ops import Drawn, attention_op, chained, moe_op
 from benchmarks.roofline import Ceilings, Cost
 from kernels_pallas import attention, moe
-
-from .kernels import attention_cases, moe_cases, unembed_cases
+from kernels_pallas.testing import attention_cases, moe_cases, unembed_cases
 
 ROOT = Path(__file__).parents[1]
 GB, GFLOP = 1e9, 1e9

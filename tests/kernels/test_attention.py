@@ -15,9 +15,8 @@ from kernels_pallas.attention import IMPLEMENTATIONS
 from kernels_pallas.attention.pallas_mosaic_gpu import ROWS, Plan, attention_mosaic_gpu, make_plan
 from kernels_pallas.attention.pallas_tpu import attention_pallas_tpu
 from kernels_pallas.attention.xla import attention_xla
+from kernels_pallas.testing.attention_cases import CASES, Case, operands, oracle
 from tests.cover import in_turn
-
-from .attention_cases import CASES, Case, operands, oracle
 
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1.5e-2}
 SEED = 7

@@ -11,6 +11,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
+    """Sizes of one call, and what is special about it."""
+
     name: str
     rows: int
     slots: int

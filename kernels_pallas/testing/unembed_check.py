@@ -36,7 +36,7 @@ def jitted(implementation: Callable[[Call], Readout]) -> Callable[..., Readout]:
 def check(readout: Readout, rows: list[dict[str, Any]], dtype: str) -> None:
     """Every field of every row; an id may be another one only where float32 cannot tell the two apart."""
     got = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), readout)
-    assert readout.best.dtype == readout.drawn.dtype == np.int32
+    _expect(readout.best.dtype == readout.drawn.dtype == np.int32, "ids are int32")
     for row, expected in enumerate(rows):
         logits = expected["logits"]
         size = max(1.0, np.abs(logits[np.isfinite(logits)]).max(initial=0.0))
@@ -52,7 +52,7 @@ def check(readout: Readout, rows: list[dict[str, Any]], dtype: str) -> None:
         drawn = int(got.drawn[row])
         _check_id(drawn, expected, expected["scores"], 10 * slack, f"drawn of row {row}")
         if drawn < 0:
-            assert got.drawn_logit[row] == got.drawn_score[row] == -np.inf
+            _expect(got.drawn_logit[row] == got.drawn_score[row] == -np.inf, f"drawn of row {row}")
             continue
         place = drawn - expected["first"]
         for name, values in (("drawn_logit", expected["logits"]), ("drawn_score", expected["scores"])):
@@ -61,16 +61,22 @@ def check(readout: Readout, rows: list[dict[str, Any]], dtype: str) -> None:
                 getattr(got, name)[row], value, atol=20 * slack, rtol=2e-6, err_msg=f"{name} of row {row}")
 
 
+def _expect(true: bool | np.bool_, what: str) -> None:
+    """Assert also where Python leaves assertions out."""
+    if not true:
+        raise AssertionError(what)
+
+
 def _check_id(got: int, expected: dict[str, Any], values: np.ndarray, slack: float, what: str) -> None:
     """`got` is the lowest allowed id of the largest value, or one that is as large but for rounding."""
     values = np.where(expected["allowed"] & ~np.isnan(values), values, -np.inf)
     candidates = np.flatnonzero(expected["allowed"] & (values == values.max()))
     if not len(candidates):
-        assert got == -1, what
+        _expect(got == -1, what)
         return
     exact, place = int(candidates[0]), got - expected["first"]
     if place == exact:
         return
-    assert 0 <= place < len(values), what
-    assert expected["allowed"][place], f"{what}: {got} is forbidden"
-    assert 0 < values[exact] - values[place] < slack, f"{what}: got {got}, not {exact + expected['first']}"
+    _expect(0 <= place < len(values), what)
+    _expect(expected["allowed"][place], f"{what}: {got} is forbidden")
+    _expect(0 < values[exact] - values[place] < slack, f"{what}: got {got}, not {exact + expected['first']}")
