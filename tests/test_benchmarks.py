@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import checkpoint, decode, moe_sides, products, readme, report
-from benchmarks.engines import Case, Run
+from benchmarks import moe_sides, readme
+from benchmarks.decode import __main__ as decode
+from benchmarks.decode import products
+from benchmarks.decode.engines import Case, Run
+from benchmarks.harness import checkpoint, report
 
 CASE = Case(recipe="dual", threshold=0.9, cache="dual", batch=2, prompt_length=2, max_new_tokens=4, block_length=2)
 EOS = 1
@@ -26,7 +29,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def twin(directory: Path) -> Any:
     pytest.importorskip("torch", reason="the twin needs torch (pip install djax[oracle], Python 3.11)")
-    from benchmarks.torch_twin import TorchTwin
+    from benchmarks.decode.torch_twin import TorchTwin
 
     return TorchTwin(directory, threads=1)
 
@@ -191,7 +194,7 @@ def test_record_of_pairs() -> None:
 @pytest.mark.slow
 def test_twin_is_bidirectional_and_its_cache_exact_where_nothing_changed(twin: Any) -> None:
     torch = pytest.importorskip("torch")
-    from benchmarks.torch_twin import TwinRecipe, WindowCache
+    from benchmarks.decode.torch_twin import TwinRecipe, WindowCache
 
     tokens = torch.from_numpy(checkpoint.prompts(checkpoint.TINY, batch=2, length=24, seed=0)).long()
     recipe, here = TwinRecipe(threshold=0.9, window=(2, 3)), slice(8, 16)
@@ -214,7 +217,7 @@ def test_twin_is_bidirectional_and_its_cache_exact_where_nothing_changed(twin: A
 @pytest.mark.slow
 def test_decision_of_the_twin() -> None:
     torch = pytest.importorskip("torch", reason="the twin needs torch (pip install djax[oracle], Python 3.11)")
-    from benchmarks.torch_twin import decide
+    from benchmarks.decode.torch_twin import decide
 
     sure, unsure = [0.0, 5.0, 0.0, 9.0], [0.0, 0.1, 0.0, 9.0]
     logits = torch.tensor([[sure, unsure, sure], [unsure, unsure, [0.2, 0.0, 0.0, 9.0]], [sure, sure, sure]])

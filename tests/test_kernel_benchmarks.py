@@ -19,11 +19,17 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import baselines, checks, gpu, gpu_report, loop, roofline, timing
-from benchmarks.cases import BROKEN, FULL, TINY, Case, Journal, Unsupported, in_progress, run_cases
-from benchmarks.network import VARIANTS, Network, windowed_forward
-from benchmarks.ops import Drawn, attention_op, chained, moe_op
-from benchmarks.roofline import Ceilings, Cost
+from benchmarks.forward import loop
+from benchmarks.forward.network import VARIANTS, Network, windowed_forward
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import report as gpu_report
+from benchmarks.harness import timing
+from benchmarks.harness.cases import BROKEN, FULL, TINY, Case, Journal, Unsupported, in_progress, run_cases
+from benchmarks.harness.ceilings import Ceilings
+from benchmarks.kernels import baselines, checks
+from benchmarks.kernels.ops import Drawn, attention_op, chained, moe_op
+from djax.plan import roofline
+from djax.plan.roofline import Cost
 from kernels_pallas import attention, moe
 from kernels_pallas.testing import attention_cases, moe_cases, unembed_cases
 
@@ -197,8 +203,8 @@ def test_half_a_line_is_not_a_result(tmp_path: Path) -> None:
 SUPERVISED = """
 import os, sys, time
 from pathlib import Path
-from benchmarks import command
-from benchmarks.cases import Case, Journal, run_cases
+from benchmarks.harness import command
+from benchmarks.harness.cases import Case, Journal, run_cases
 
 def crash(): os._exit(9)
 def hang(): time.sleep(600)

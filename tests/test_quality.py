@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import quality, quality_report
-from benchmarks.quality import Case, Log, Outcome, batches, summarize
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import report as quality_report
+from benchmarks.quality.__main__ import Case, Log, Outcome, batches, summarize
 from djax import tasks
 
 REFERENCE = Case("base", "reference", False)

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import djax
-from benchmarks import rl, rl_report
-from benchmarks.rl_task import PLACEMENTS, TRAINERS, Compilations, Prompts, Run, Settings, meshes, rewards, weakened
+from benchmarks.rl import __main__ as rl
+from benchmarks.rl import report as rl_report
+from benchmarks.rl.task import PLACEMENTS, TRAINERS, Compilations, Prompts, Run, Settings, meshes, rewards, weakened
 
 ROOT = Path(__file__).parents[1]
 

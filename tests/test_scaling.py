@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import scaling, scaling_report
+from benchmarks.scaling import __main__ as scaling
+from benchmarks.scaling import report as scaling_report
 from djax.models.published import PUBLISHED
 from djax.plan.request import Request
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import report
-from benchmarks.cases import FULL, TINY, Case, Journal, Sizes, run_cases
-from benchmarks.roofline import Ceilings
+from benchmarks.harness import report
+from benchmarks.harness.cases import FULL, TINY, Case, Journal, Sizes, run_cases
+from benchmarks.harness.ceilings import Ceilings
 
 NO_GPU = 2
 """Exit code where figures would say nothing."""
@@ -85,7 +85,7 @@ def run(
     The framework's own parts are given as functions: `ceilings` measures, `missing` says why there is no device,
     `is_alive` whether it still computes, `device` describes it.
     """
-    from benchmarks.timing import ceilings_of, measure_ceilings
+    from benchmarks.harness.timing import ceilings_of, measure_ceilings
 
     started = time.monotonic()
     console = Console(width=None if sys.stdout.isatty() else 160)

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.rl_task import Run, Settings
+from benchmarks.harness import report
+from benchmarks.rl.task import Run, Settings
 
 
 def keep(path: Path, run: Run, settings: Settings, *, devices: int) -> None:

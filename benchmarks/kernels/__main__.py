@@ -14,9 +14,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
-from benchmarks import baselines, checks, command
-from benchmarks.cases import Case, Sizes
-from benchmarks.ops import (
+from benchmarks.harness import command
+from benchmarks.harness.cases import Case, Sizes
+from benchmarks.harness.ceilings import Ceilings
+from benchmarks.kernels import baselines, checks
+from benchmarks.kernels.ops import (
     QUANTIZED_DTYPES,
     Drawn,
     Op,
@@ -28,7 +30,6 @@ from benchmarks.ops import (
     smoothing_op,
     unembed_op,
 )
-from benchmarks.roofline import Ceilings
 from kernels_pallas import attention, moe, moe_quantized, unembed
 from kernels_pallas.attention import IMPLEMENTATIONS as ATTENTION
 from kernels_pallas.moe import IMPLEMENTATIONS as MOE

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from benchmarks.cases import Sizes
-from benchmarks.ops import normal
+from benchmarks.harness.cases import Sizes
+from benchmarks.kernels.ops import normal
 from djax.contracts.cache import KVCache
 from djax.models import Kernels, build, init_params
 from djax.models.layers import rms_norm

@@ -23,9 +23,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, scaling_report
+from benchmarks.harness import report
+from benchmarks.scaling import report as scaling_report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PARTS = ("devices", "plan", "strong")
 FAKE = (
@@ -195,8 +196,8 @@ def time_shard(count: int, *, tiny: bool, kind: str) -> dict[str, Any]:
     import numpy as np
     from jax.sharding import AbstractMesh
 
-    from benchmarks import loop
-    from benchmarks.cases import FULL, TINY
+    from benchmarks.forward import loop
+    from benchmarks.harness.cases import FULL, TINY
     from djax import cache_policies, strategies
     from djax.devices.sharding import preset_sizes
     from djax.engine.program import Program

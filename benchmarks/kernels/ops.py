@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import roofline, timing
-from benchmarks.cases import Case, Sizes, Unsupported
-from benchmarks.roofline import Ceilings, Cost
+from benchmarks.harness import timing
+from benchmarks.harness.cases import Case, Sizes, Unsupported
+from benchmarks.harness.ceilings import Ceilings
+from djax.plan import roofline
+from djax.plan.roofline import Cost
 from kernels_pallas import quantize_experts
 
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.report import Spread
-from benchmarks.roofline import Ceilings
+from benchmarks.harness.ceilings import Ceilings
+from benchmarks.harness.report import Spread
 
 CACHE_BYTES = 64 * 2**20
 """Above the 50 MB of an H100's or H200's L2."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks.harness import report
 
 Record = Mapping[str, Any]
 _COLOURS = {"h200": "#76a030", "v5p": "#3060a0", "v6e": "#c05020", "v5e": "#806090"}

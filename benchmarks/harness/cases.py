@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Budget
+from benchmarks.harness.timing import Budget
 from djax.models.config import LladaMoeConfig
 
 BROKEN = 3

@@ -10,8 +10,8 @@ reported apart. Both decode the same tokens unless a float32 difference flips a 
 whether they did, and the ratio per forward does not depend on it.
 
 A ratio is also the matrix libraries', and which of them is faster depends on the processor: after every pair both
-engines multiply what a layer multiplies (`benchmarks.products`), and the record has both rates beside the ratio. The
-file holds one record per machine; a run replaces its own machine's.
+engines multiply what a layer multiplies (`benchmarks.decode.products`), and the record has both rates beside the ratio.
+The file holds one record per machine; a run replaces its own machine's.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import checkpoint, products, report
-from benchmarks.engines import Case, Run, Worker
+from benchmarks.decode import products
+from benchmarks.decode.engines import Case, Run, Worker
+from benchmarks.harness import checkpoint, report
 from djax.engine.results import tokens_per_forward, tokens_per_second
 
-RESULTS = Path(__file__).parent / "results" / "decode.json"
+RESULTS = Path(__file__).parents[1] / "results" / "decode.json"
 RECIPES: dict[str, dict[str, Any]] = {
     "none": {"threshold": 0.9, "cache": "none"},
     "dual": {"threshold": 0.9, "cache": "dual"},

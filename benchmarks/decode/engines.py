@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Int
 
-from benchmarks.products import Product, Rates, gflops, in_torch, in_xla
+from benchmarks.decode.products import Product, Rates, gflops, in_torch, in_xla
 
 MATMUL = (1024, 512, 2048)
 """Rows, inner width and columns of a large float32 product: about the best that a matrix library gives."""
@@ -126,11 +126,11 @@ class DjaxEngine:
 
 
 class TwinEngine:
-    """transformers' model in an eager loop, see `benchmarks.torch_twin`."""
+    """transformers' model in an eager loop, see `benchmarks.decode.torch_twin`."""
 
     def __init__(self, directory: Path) -> None:
-        from benchmarks.report import cores
-        from benchmarks.torch_twin import TorchTwin
+        from benchmarks.decode.torch_twin import TorchTwin
+        from benchmarks.harness.report import cores
 
         self._twin = TorchTwin(directory, threads=cores())
         self._rates = Rates(in_torch)
@@ -173,7 +173,7 @@ class TwinEngine:
 
     def generate(self, case: Case, prompts: Int[np.ndarray, "B P"]) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
-        from benchmarks.torch_twin import TwinRecipe
+        from benchmarks.decode.torch_twin import TwinRecipe
 
         window = {"none": None, "dual": (0, 0), "vicinity": (case.before, case.after)}[case.cache]
         recipe = TwinRecipe(threshold=case.threshold, window=window, warmup=case.warmup)

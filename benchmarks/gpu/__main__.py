@@ -28,9 +28,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import gpu_report, report
-from benchmarks.cases import BROKEN, Journal, in_progress
-from benchmarks.command import NO_GPU
+from benchmarks.gpu import report as gpu_report
+from benchmarks.harness import report
+from benchmarks.harness.cases import BROKEN, Journal, in_progress
+from benchmarks.harness.command import NO_GPU
 
 GROUPS = ("check", "moe", "attention", "unembed", "forward", "loop", "torch", "tokamax")
 NEEDS = {"torch": ("torch", "transformers"), "tokamax": ("tokamax",)}

@@ -20,15 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import roofline, timing
-from benchmarks.cases import Case, Sizes
-from benchmarks.network import VARIANTS, Network, windowed_forward
-from benchmarks.ops import compiled
-from benchmarks.report import Spread
-from benchmarks.roofline import Ceilings
+from benchmarks.forward.network import VARIANTS, Network, windowed_forward
+from benchmarks.harness import timing
+from benchmarks.harness.cases import Case, Sizes
+from benchmarks.harness.ceilings import Ceilings
+from benchmarks.harness.report import Spread
+from benchmarks.kernels.ops import compiled
 from djax import Canvas, cache_policies, denoise, strategies, transforms
 from djax.contracts.types import CachePolicy
 from djax.models import ModelDenoiser
+from djax.plan import roofline
 from djax.plan.roofline import tokens_per_second
 
 TOKENS_PER_FORWARD = (3.87, 5.67)

@@ -20,19 +20,19 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import rl_report
-from benchmarks.rl_optax import METHODS
-from benchmarks.rl_optax import train as train_with_optax
-from benchmarks.rl_task import PLACEMENTS, TRAINERS, TUNIX_METHODS, Run, Settings, Trainer, meshes
+from benchmarks.rl import report as rl_report
+from benchmarks.rl.task import PLACEMENTS, TRAINERS, TUNIX_METHODS, Run, Settings, Trainer, meshes
+from benchmarks.rl.with_optax import METHODS
+from benchmarks.rl.with_optax import train as train_with_optax
 from djax import tasks
 
-RESULTS = Path(__file__).parent / "results" / "rl"
+RESULTS = Path(__file__).parents[1] / "results" / "rl"
 
 
 def _trainer(name: str) -> Trainer:
     if name == "optax":
         return train_with_optax
-    from benchmarks.rl_tunix import train  # Tunix is an extra
+    from benchmarks.rl.with_tunix import train  # Tunix is an extra
 
     return train
 

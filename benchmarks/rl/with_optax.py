@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 import djax
-from benchmarks.rl_task import Prompts, Run, Settings, batches, evaluate, load, rewards, texts, weakened
+from benchmarks.rl.task import Prompts, Run, Settings, batches, evaluate, load, rewards, texts, weakened
 from djax.contracts.types import Params
 from djax.devices.sharding import shardings
 from djax.models import build, kernels_on, logical_axes

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks.harness import report
 from djax import assets
 
 HEAD = ("checkpoint", "recipe", "cache", "exact match, %", "against reference", "NFE", "TPF", "TPS", "speed-up")

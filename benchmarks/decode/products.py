@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from benchmarks.engines import Case
+    from benchmarks.decode.engines import Case
 
 RUNS = 3
 """Of which a rate is the median."""

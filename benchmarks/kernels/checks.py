@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.cases import Case
-from benchmarks.ops import (
+from benchmarks.harness.cases import Case
+from benchmarks.kernels.ops import (
     QUANTIZED_DTYPES,
     Drawn,
     attention_op,

@@ -24,13 +24,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import djax
-from benchmarks import quality_report, report
+from benchmarks.harness import report
+from benchmarks.quality import report as quality_report
 from djax import assets, recipes, tasks
 from djax.engine.results import tokens_per_forward, tokens_per_second
 from djax.parts.cache_policies import Dual
 from djax.recipes import Recipe
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 MAX_NEW_TOKENS, BLOCK_LENGTH = 128, 64
 REFERENCE = "reference"
 

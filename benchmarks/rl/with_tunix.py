@@ -17,8 +17,8 @@ from tunix.rl import function_registry, rl_cluster
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rollout.base_rollout import RolloutConfig
 
-from benchmarks.rl_optax import METHODS, optimizer
-from benchmarks.rl_task import Prompts, Run, Settings, batches, evaluate, load, rewards
+from benchmarks.rl.task import Prompts, Run, Settings, batches, evaluate, load, rewards
+from benchmarks.rl.with_optax import METHODS, optimizer
 from djax import tasks
 from djax.contracts.types import Params
 from djax.models import kernels_on

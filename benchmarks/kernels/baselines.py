@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from benchmarks.cases import Case, Sizes, Unsupported
-from benchmarks.ops import Op, chained
-from benchmarks.roofline import Ceilings
+from benchmarks.harness.cases import Case, Sizes, Unsupported
+from benchmarks.harness.ceilings import Ceilings
+from benchmarks.kernels.ops import Op, chained
 
 RaggedDot = Callable[..., Float[Array, "S N"]]
 TOKAMAX = ("mosaic", "triton", "xla")

@@ -20,11 +20,13 @@ from typing import Any
 
 import jax
 
-from benchmarks import command, loop, roofline
-from benchmarks.cases import Case, Sizes
-from benchmarks.network import VARIANTS, Network, Variant, windowed_forward
-from benchmarks.ops import compiled
-from benchmarks.roofline import Ceilings
+from benchmarks.forward import loop
+from benchmarks.forward.network import VARIANTS, Network, Variant, windowed_forward
+from benchmarks.harness import command
+from benchmarks.harness.cases import Case, Sizes
+from benchmarks.harness.ceilings import Ceilings
+from benchmarks.kernels.ops import compiled
+from djax.plan import roofline
 
 GROUPS = ("forward", "loop")
 COMMAND_BUFFERS = {

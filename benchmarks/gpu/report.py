@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.command import figures, shape_text
+from benchmarks.harness.command import figures, shape_text
 
 Result = Mapping[str, Any]
 KERNELS = ("mosaic_gpu",)
