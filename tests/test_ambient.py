@@ -29,8 +29,7 @@ from djax.rollouts.rollout import EXACT
 from djax.train.loss import Batch
 from djax.train.step import init_state, make_step
 from kernels_pallas.testing import attention_cases, moe_cases, unembed_cases
-from tests import toy
-from tests.rl import tiny
+from tests.support import tiny, toy
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9]]

@@ -16,7 +16,7 @@ from kernels_pallas.attention.pallas_mosaic_gpu import ROWS, Plan, attention_mos
 from kernels_pallas.attention.pallas_tpu import attention_pallas_tpu
 from kernels_pallas.attention.xla import attention_xla
 from kernels_pallas.testing.attention_cases import CASES, Case, operands, oracle
-from tests.cover import in_turn
+from tests.support.cover import in_turn
 
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1.5e-2}
 SEED = 7

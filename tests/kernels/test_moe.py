@@ -28,7 +28,7 @@ from kernels_pallas.moe.xla_grouped import (
     plan_rows,
 )
 from kernels_pallas.testing.moe_cases import CASES, Case, operands, oracle
-from tests.cover import in_turn
+from tests.support.cover import in_turn
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1.5e-2}
 SEED = 7

@@ -20,7 +20,7 @@ from kernels_pallas.testing.unembed_cases import CASES, PLAIN, Case, operands, o
 from kernels_pallas.testing.unembed_check import check, jitted
 from kernels_pallas.unembed import IMPLEMENTATIONS, running
 from kernels_pallas.unembed.xla_stream import chunk_length, unembed_xla_stream
-from tests.cover import in_turn
+from tests.support.cover import in_turn
 
 SEED = 7
 PUBLIC = jax.jit(unembed, static_argnames=("second", "entropy", "implementation"))

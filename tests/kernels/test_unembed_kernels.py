@@ -18,7 +18,7 @@ from kernels_pallas.testing.unembed_check import check, jitted
 from kernels_pallas.unembed import pallas_mosaic_gpu
 from kernels_pallas.unembed.pallas_mosaic_gpu import make_plan, unembed_mosaic_gpu
 from kernels_pallas.unembed.pallas_tpu import unembed_pallas_tpu
-from tests.cover import every_second
+from tests.support.cover import every_second
 
 SEED = 7
 VOCABULARY, WIDTH = 157184, 2048
