@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 import djax
-from benchmarks import report
+from benchmarks.harness import report
 from djax import rl, tasks
 from djax.contracts.types import Forbidden
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from benchmarks import checkpoint, report
+from benchmarks.harness import checkpoint, report
 
 if TYPE_CHECKING:
     import jax

@@ -16,7 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decode, quality_report, rl_report, scaling_report
+from benchmarks.decode import __main__ as decode
+from benchmarks.quality import report as quality_report
+from benchmarks.rl import report as rl_report
+from benchmarks.scaling import report as scaling_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

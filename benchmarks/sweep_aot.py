@@ -104,7 +104,7 @@ def sweep(topology: str, largest: int) -> tuple[dict[str, int], int, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep_aot", description=__doc__.partition("\n")[0])
     parser.add_argument("--topology", default="h200:1", help="as `djax plan` takes it")
     parser.add_argument("--largest", type=int, default=65, help="sizes from 1 to this one")
     given = parser.parse_args(arguments)

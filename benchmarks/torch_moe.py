@@ -15,9 +15,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from benchmarks import command, roofline, timing
-from benchmarks.cases import Case, Sizes, Unsupported
-from benchmarks.roofline import Ceilings
+from benchmarks.harness import command, timing
+from benchmarks.harness.cases import Case, Sizes, Unsupported
+from benchmarks.harness.ceilings import Ceilings
+from djax.plan import roofline
 
 GROUPS = ("torch",)
 EXPERTS = ("grouped_mm", "batched_mm", "eager")
@@ -26,7 +27,7 @@ COMPILED = ("reduce-overhead", "max-autotune-no-cudagraphs")
 BATCHED_LIMIT = 16 * 2**30
 """Bytes of expert weights that `batched_mm` may copy in one layer; beyond it is not tried."""
 SHARPNESS = 4.0
-"""As in `benchmarks.network`."""
+"""As in `benchmarks.forward.network`."""
 
 
 def missing() -> str | None:
@@ -101,7 +102,7 @@ class TorchNetwork:
         import torch
         from transformers import Qwen3MoeForCausalLM
 
-        from benchmarks.torch_twin import twin_config
+        from benchmarks.decode.torch_twin import twin_config
 
         config = sizes.config
         self.sizes, self.device = sizes, device_name()
@@ -131,7 +132,7 @@ class TorchNetwork:
         """A function of nothing that runs one forward on fixed buffers, as a CUDA graph needs them."""
         import torch
 
-        from benchmarks.torch_twin import WindowCache
+        from benchmarks.decode.torch_twin import WindowCache
 
         config, block = self.sizes.config, self.sizes.block(window)
         self.model.set_experts_implementation(experts)
@@ -142,7 +143,7 @@ class TorchNetwork:
         for layer in range(config.num_layers):
             cache.update(*(torch.randn(shape, device=self.device, dtype=torch.bfloat16) for _ in range(2)), layer)
         cache.place(slice(start, start + window), context)
-        # entries of size one and none like another: positions go to different experts, see `benchmarks.network`
+        # entries of size one and none like another: positions go to different experts, see `benchmarks.forward.network`
         inputs = torch.randn(batch, window, config.hidden_size, device=self.device, dtype=torch.bfloat16)
         positions = torch.arange(start, start + window, device=self.device)[None]
 

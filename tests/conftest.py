@@ -51,7 +51,7 @@ def press_ctrl_c() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first: one worker has it, and what is begun last the other would wait for."""
-    items.sort(key=lambda item: item.path.name != "test_mesh.py")
+    items.sort(key=lambda item: item.path.parts[-2:] != ("devices", "test_mesh.py"))
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +60,14 @@ def golden_lm():
     import djax
 
     return djax.load(GOLDENS, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm():
+    """One tiny model for all tests of rollouts and of `djax.rl`, so that they share its compiled programs."""
+    from tests.support import tiny
+
+    return tiny.load()
 
 
 @pytest.fixture(scope="module", autouse=True)

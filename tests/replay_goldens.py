@@ -25,7 +25,7 @@ from djax.parts.smoothing import HardTokens, SoftTokens
 from djax.parts.strategies import Hierarchical, Threshold
 from djax.parts.transforms import Credit, Identity
 from djax.recipes import Recipe
-from tests.select import SelectStrategy, SelectTransform
+from tests.support.select import SelectStrategy, SelectTransform
 
 Case = dict[str, Any]
 

@@ -28,9 +28,8 @@ from djax.rl.losses import trace_grpo_loss
 from djax.rollouts.rollout import EXACT
 from djax.train.loss import Batch
 from djax.train.step import init_state, make_step
-from tests import toy
-from tests.kernels import attention_cases, moe_cases, unembed_cases
-from tests.rl import tiny
+from kernels_pallas.testing import attention_cases, moe_cases, unembed_cases
+from tests.support import tiny, toy
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9]]

@@ -74,8 +74,14 @@ def test_imports_follow_the_direction(path):
             assert name.startswith("djax/models/") or name == "djax/parts/proposals.py"
         if "transformers" in used or "tokenizers" in used:
             assert name in ("djax/engine/tokenizer.py", "djax/train/bundled/tokenizer.py")
-    assert not used & {"torch", "tokamax", "tests", "benchmarks"}
+    assert not used & {"torch", "tokamax", "benchmarks"}
     assert "tunix" not in used or name == "djax/rl/tunix.py"
+
+
+def test_nobody_imports_tests():
+    for package in (*PACKAGES, "benchmarks"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert "tests" not in roots(path), relative(path)
 
 
 def room(path: Path) -> str:

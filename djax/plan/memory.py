@@ -87,7 +87,7 @@ def estimate_device_memory(
     """Estimate for one device of a mesh, by the largest moment of a full forward: its experts.
 
     Parameters and cache are exact; temporaries are what djax's kernels and XLA's operations on such hardware hold,
-    within a third where they were compared with the compilers' figures (tests/test_plan.py).
+    within a third where they were compared with the compilers' figures (tests/plan/test_plan.py).
 
     Args:
         config: shapes.

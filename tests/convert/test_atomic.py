@@ -18,7 +18,7 @@ import pytest
 from convert import atomic
 from convert.atomic import as_destination_error, atomic_directory, exchange, require_space
 from convert.errors import DestinationError, OutOfSpaceError
-from tests.convert import builders
+from tests.support import builders
 
 MARKER = "marker"
 
@@ -221,7 +221,7 @@ def test_killed_at_random_points_the_destination_is_complete_or_as_it_was(
     seed = random.SystemRandom().randrange(2**31)
     print(f"seed {seed}")
     result = subprocess.run(
-        [sys.executable, "-m", "tests.convert.kill_driver", *map(str, sources), str(tmp_path / "work"), str(seed)],
+        [sys.executable, "-m", "tests.support.drivers.kill", *map(str, sources), str(tmp_path / "work"), str(seed)],
         capture_output=True, text=True, check=False, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.splitlines()[-1])

@@ -18,8 +18,8 @@ from convert.checkpoint import read_manifest
 from convert.errors import CheckpointError, DestinationError, OutOfSpaceError, SourceError, TensorShapeError
 from djax.devices.sharding import named_leaves
 from djax.models import init_params
-from tests.convert import builders
-from tests.convert.builders import tree_equal, write
+from tests.support import builders
+from tests.support.builders import tree_equal, write
 
 STORED = builders.tensors()
 EXPECTED = builders.parameters(STORED)

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 import convert
 from convert.errors import DestinationError
-from tests.convert import builders
-from tests.convert.builders import tree_equal, write
+from tests.support import builders
+from tests.support.builders import tree_equal, write
 
 STORED = builders.tensors()
 

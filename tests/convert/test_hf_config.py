@@ -14,7 +14,7 @@ from convert import convert, load_params
 from convert.errors import CheckpointError, ConfigError, SourceError
 from convert.hf_config import hf_fields, model_config, read_config
 from djax.models.config import LLADA_MOE_MASK_ID, LladaMoeConfig
-from tests.convert.builders import CONFIG, tensors, write
+from tests.support.builders import CONFIG, tensors, write
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PUBLISHED = {

@@ -27,9 +27,9 @@ from convert.llada2_moe import TABLE
 from convert.mapping import Rule, Table, plan
 from djax.devices.sharding import named_leaves
 from djax.models.config import LLADA2_MOE_MASK_ID, Llada2MoeConfig
-from tests.convert.builders import tree_equal
 from tests.convert.test_mapping import Tensor
-from tests.models import golden_llada2 as golden
+from tests.support import golden_llada2 as golden
+from tests.support.builders import tree_equal
 
 FIELDS: dict[str, Any] = json.loads((golden.GOLDENS / "config.json").read_text())
 PUBLISHED = {

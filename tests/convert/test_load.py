@@ -30,9 +30,8 @@ from convert.errors import (
 )
 from djax.devices.sharding import named_leaves
 from djax.models import build
-from tests.convert import builders
-from tests.convert.builders import tree_equal, write
-from tests.models import golden
+from tests.support import builders, golden
+from tests.support.builders import tree_equal, write
 
 STORED = builders.tensors()
 
@@ -318,7 +317,7 @@ import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, AxisType
 import convert
 from djax.devices.sharding import named_leaves
-from tests.convert import builders
+from tests.support import builders
 
 assert jax.device_count() == 8
 source, converted = sys.argv[1:]

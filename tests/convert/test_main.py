@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import convert
 from convert import __main__ as command
-from tests.convert import builders
+from tests.support import builders
 
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 

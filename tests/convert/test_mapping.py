@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from convert.errors import MappingError, MissingKeyError, TensorDtypeError, TensorShapeError, UnexpectedKeyError
 from convert.llada_moe import TABLE
 from convert.mapping import Rule, Table, plan
-from tests.convert import builders
+from tests.support import builders
 
 FILE, SOURCE = Path("part.safetensors"), Path("directory")
 

@@ -14,8 +14,8 @@ from safetensors.numpy import save
 
 from convert.errors import CheckpointError, HeaderError, IndexFileError, SourceError
 from convert.safetensors_io import SafetensorsReader, parse_header, read_index
-from tests.convert import builders
-from tests.convert.builders import entry, raw_file
+from tests.support import builders
+from tests.support.builders import entry, raw_file
 
 GOOD = {"a": entry("F32", [2], 0, 8), "b": entry("F32", [1], 8, 12)}
 HUGE = 2**64 - 1

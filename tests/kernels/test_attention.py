@@ -15,9 +15,8 @@ from kernels_pallas.attention import IMPLEMENTATIONS
 from kernels_pallas.attention.pallas_mosaic_gpu import ROWS, Tiling, attention_mosaic_gpu, make_tiling
 from kernels_pallas.attention.pallas_tpu import attention_pallas_tpu
 from kernels_pallas.attention.xla import attention_xla
-from tests.cover import in_turn
-
-from .attention_cases import CASES, Case, operands, oracle
+from kernels_pallas.testing.attention_cases import CASES, Case, operands, oracle
+from tests.support.cover import in_turn
 
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1.5e-2}
 SEED = 7

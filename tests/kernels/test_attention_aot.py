@@ -18,7 +18,7 @@ from djax.models.layers import rms_norm
 from djax.plan.topology import compile_for, devices, missing_compiler
 from kernels_pallas import attention, attention_choice
 from kernels_pallas.attention.support import unsupported_by_cudnn
-from tests.gpu_program import FULL_SIZE
+from tests.support.gpu_program import FULL_SIZE
 
 needs_h200 = pytest.mark.skipif(missing_compiler("h200:1") is not None, reason=str(missing_compiler("h200:1")))
 needs_v5e = pytest.mark.skipif(missing_compiler("v5e:2x4") is not None, reason=str(missing_compiler("v5e:2x4")))

@@ -27,9 +27,8 @@ from kernels_pallas.moe.xla_grouped import (
     group_rows,
     moe_xla_grouped,
 )
-from tests.cover import in_turn
-
-from .moe_cases import CASES, Case, operands, oracle
+from kernels_pallas.testing.moe_cases import CASES, Case, operands, oracle
+from tests.support.cover import in_turn
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1.5e-2}
 SEED = 7
@@ -255,7 +254,7 @@ _SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from kernels_pallas import moe
-from tests.kernels.moe_cases import Case, operands, oracle
+from kernels_pallas.testing.moe_cases import Case, operands, oracle
 mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 case = Case(name="sharded", rows=16, slots=2, experts=8, width=8, model=16)
 arguments = operands(case, 7)

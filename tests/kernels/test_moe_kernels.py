@@ -16,8 +16,7 @@ from kernels_pallas.moe.pallas_mosaic_gpu import moe_mosaic_gpu, moe_quantized_m
 from kernels_pallas.moe.pallas_tpu import moe_pallas_tpu
 from kernels_pallas.moe.quantized import DTYPES
 from kernels_pallas.moe.xla_grouped import moe_xla_grouped
-
-from .moe_cases import BLOCKS, KERNEL_CASES, Case, operands, oracle
+from kernels_pallas.testing.moe_cases import BLOCKS, KERNEL_CASES, Case, operands, oracle
 
 SEED = 7
 TOLERANCE = {"bfloat16": 1.5e-2, "float32": 2e-6}

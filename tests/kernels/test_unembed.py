@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 
 from kernels_pallas import Readout, unembed, unembed_choice
+from kernels_pallas.testing.unembed_cases import CASES, PLAIN, Case, operands, oracle
+from kernels_pallas.testing.unembed_check import check, jitted
 from kernels_pallas.unembed import IMPLEMENTATIONS, running
 from kernels_pallas.unembed.xla_stream import chunk_length, unembed_xla_stream
-from tests.cover import in_turn
-
-from .unembed_cases import CASES, PLAIN, Case, operands, oracle
-from .unembed_check import check, jitted
+from tests.support.cover import in_turn
 
 SEED = 7
 PUBLIC = jax.jit(unembed, static_argnames=("second", "entropy", "implementation"))
@@ -193,8 +192,8 @@ import dataclasses
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
 from kernels_pallas import combine_readouts, unembed
-from tests.kernels.unembed_cases import Case, operands, oracle
-from tests.kernels.unembed_check import check
+from kernels_pallas.testing.unembed_cases import Case, operands, oracle
+from kernels_pallas.testing.unembed_check import check
 mesh = jax.make_mesh((4,), ("vocab",), axis_types=(AxisType.Auto,))
 cases = [
     Case(name="even", forbidden=(7, 399), vocab_limit=390),

@@ -13,13 +13,12 @@ import pytest
 
 from djax.plan import topology
 from kernels_pallas import unembed
+from kernels_pallas.testing.unembed_cases import CASES, PLAIN, Case, operands, oracle
+from kernels_pallas.testing.unembed_check import check, jitted
 from kernels_pallas.unembed import pallas_mosaic_gpu
 from kernels_pallas.unembed.pallas_mosaic_gpu import make_tiling, unembed_mosaic_gpu
 from kernels_pallas.unembed.pallas_tpu import unembed_pallas_tpu
-from tests.cover import every_second
-
-from .unembed_cases import CASES, PLAIN, Case, operands, oracle
-from .unembed_check import check, jitted
+from tests.support.cover import every_second
 
 SEED = 7
 VOCABULARY, WIDTH = 157184, 2048

@@ -9,9 +9,8 @@ import pytest
 from jax.extend.random import threefry_2x32 as jax_threefry
 
 from kernels_pallas import gumbel_noise
+from kernels_pallas.testing.unembed_cases import gumbel, threefry
 from kernels_pallas.unembed.noise import gumbel_from_bits, threefry_2x32
-
-from .unembed_cases import gumbel, threefry
 
 SEED = 11
 noise_of = jax.jit(gumbel_noise)

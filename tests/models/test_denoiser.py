@@ -11,8 +11,7 @@ import pytest
 from flax import nnx
 
 from djax.models import Guided, ModelDenoiser, build
-
-from . import golden
+from tests.support import golden
 
 MASK, LENGTH, PROMPT = 155, 12, 5
 PLAIN = ModelDenoiser(nnx.split(build(golden.CONFIG))[0])

@@ -14,8 +14,7 @@ from flax import nnx
 from djax.models import Kernels, Llada2Moe, ModelDenoiser, abstract_params, build, init_params, logical_axes
 from djax.models.config import Llada2MoeConfig
 from djax.models.llada2_moe import route_in_groups
-
-from . import golden_llada2 as golden
+from tests.support import golden_llada2 as golden
 
 LENGTH, BLOCK = 24, 8
 GRAPHDEF = nnx.split(build(golden.CONFIG))[0]

@@ -13,8 +13,7 @@ from flax import nnx
 
 from djax.models import Llada2Moe, build
 from djax.models.config import Llada2MoeConfig
-
-from . import golden_llada2 as golden
+from tests.support import golden_llada2 as golden
 
 pytestmark = pytest.mark.usefixtures("oracle_libraries")
 torch: Any = None

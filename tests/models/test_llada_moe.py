@@ -14,8 +14,7 @@ from flax import nnx
 from djax.contracts.cache import KVCache
 from djax.models import Kernels, ModelDenoiser, abstract_params, build, init_params, kernels_on, logical_axes
 from djax.models.config import LladaMoeConfig
-
-from . import golden
+from tests.support import golden
 
 LENGTH = 16
 GRAPHDEF = nnx.split(build(golden.CONFIG))[0]

@@ -14,8 +14,7 @@ from flax import nnx
 from djax.models import LladaMoe, build
 from djax.models.config import LladaMoeConfig
 from djax.models.layers import rotary_angles
-
-from . import golden
+from tests.support import golden
 
 pytestmark = pytest.mark.usefixtures("oracle_libraries")
 torch: Any = None

@@ -13,7 +13,7 @@ from flax import nnx
 
 from djax import rl
 from djax.rl.policy import PAD_ID, diffusion_logits, diffusion_policy, diffusion_token_batch
-from tests.rl.tiny import MASK, PAD
+from tests.support.tiny import MASK, PAD
 
 pytestmark = pytest.mark.slow  # for users of Tunix, whose own tests have an environment of their own
 

@@ -13,7 +13,7 @@ from flax import nnx
 from djax.models import init_params, logical_axes
 from djax.models.config import LladaMoeConfig
 from djax.train.config import OptimizerSection, learning_rate, make_optimizer, read_config
-from tests.train.run_driver import CONFIG
+from tests.support.drivers.train_run import CONFIG
 
 GOOD = """
 [model]

@@ -23,7 +23,7 @@ from flax import nnx
 from djax.models import init_params
 from djax.models.config import LladaMoeConfig
 from djax.train import Batch, Checkpoints, Schedule, TrainState, fit, init_state, make_step, masked_diffusion_loss
-from tests.train.run_driver import CONFIG, digest, run
+from tests.support.drivers.train_run import CONFIG, digest, run
 
 ROOT = Path(__file__).parents[2]
 STEPS = 5
@@ -44,7 +44,7 @@ def metrics(directory: Path) -> list[dict[str, float]]:
 def start(directory: Path | str, *, steps: int = STEPS, devices: int = 1, limit: int = 0,
           objective: str = "masked") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.train.run_driver", str(directory), str(steps), str(devices), str(limit),
+        [sys.executable, "-m", "tests.support.drivers.train_run", str(directory), str(steps), str(devices), str(limit),
          objective],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"})  # the same XLA_FLAGS: bits depend on the optimiser

@@ -28,7 +28,7 @@ from djax.train.trajectory import (
     kept,
     trajectory_batches,
 )
-from tests.train.run_driver import CONFIG
+from tests.support.drivers.train_run import CONFIG
 
 COMMIT_STEP = np.array([
     [NEVER, NEVER, 0, 2, 1, 0, 3, NEVER, NEVER],  # prompt, four steps, a tail that was never decoded
