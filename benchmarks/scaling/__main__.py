@@ -53,7 +53,7 @@ def on_fake_devices() -> list[dict[str, Any]]:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
-        [sys.executable, "-c", "from benchmarks.scaling import decode_fake; decode_fake()"], cwd=ROOT,
+        [sys.executable, "-c", "from benchmarks.scaling.__main__ import decode_fake; decode_fake()"], cwd=ROOT,
         env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the process with fake devices failed: {done.stderr[-2000:]}")
