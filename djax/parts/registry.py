@@ -20,9 +20,10 @@ AXES: dict[str, tuple[Any, str]] = {
 
 
 def parts(axis: str) -> dict[str, type]:
-    """Classes of an axis by name; what else its `__all__` lists has no method of the protocol and is left out."""
+    """Classes of an axis by name; what else its `__all__` lists has no method of its protocols and is left out."""
     protocol, home = AXES[axis]
-    methods = [name for name, _ in inspect.getmembers(protocol, inspect.isfunction) if not name.startswith("_")]
+    methods = {name for each in (protocol, *protocol.__subclasses__())
+               for name, _ in inspect.getmembers(each, inspect.isfunction) if not name.startswith("_")}
     module = importlib.import_module(f"djax.parts.{home}")
     listed = {snake_case(name): getattr(module, name) for name in module.__all__}
     return {name: part for name, part in listed.items()
