@@ -122,6 +122,16 @@ def test_the_loop_knows_no_model_and_no_flax():
         assert not {name for name in imports(path) if name.startswith("djax.loop")}
 
 
+def test_parts_know_no_sibling():
+    """A wrapper is given what it wraps. What they share: schedules, `selection`, and the packages' own `__init__`."""
+    parts = ROOT / "djax" / "parts"
+    shared = {"djax.parts.schedules", "djax.parts.strategies.selection"}
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in parts.rglob("*.py")}
+    for path in parts.rglob("*.py"):
+        if path.name not in ("__init__.py", "registry.py"):
+            assert not imports(path) & (modules - shared), path
+
+
 def test_importing_djax_is_light():
     code = "import sys, djax; print([m for m in ('torch', 'transformers', 'tunix', 'tokamax') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -18,9 +18,10 @@ from djax.api import _dtype_name
 from djax.cli import train as cli_train
 from djax.cli.app import app
 from djax.cli.flags import RecipeFlags
-from djax.cli.recipe import RECIPES, build_recipe
+from djax.cli.recipe import build_recipe
 from djax.engine.options import CallOptions, resolve_ids
 from djax.errors import ArgumentError
+from djax.recipes import RECIPES
 
 CALL = {"max_new_tokens": 8, "block_length": 8, "mask_id": 150}
 NAN, INF, HUGE = float("nan"), float("inf"), 10**9
@@ -127,14 +128,12 @@ def test_an_array_of_prompts_is_a_batch(golden_lm: Any) -> None:
 
 @pytest.mark.parametrize(("name", "parameter"), [
     (name, parameter) for name, make in RECIPES.items() for parameter in inspect.signature(make).parameters])
-def test_every_parameter_of_a_recipe_is_a_flag(name: str, parameter: str) -> None:
-    flags = {"steps_per_block": "steps", "alpha": "credit_alpha", "beta": "credit_beta", "gamma": "credit_gamma"}
+def test_every_parameter_of_a_recipe_can_be_set(name: str, parameter: str) -> None:
     values: dict[str, Any] = {"steps_per_block": 3, "before": 3, "after": 3, "warmup": 3, "factor": 1.0, "low": 0.25}
     value = values.get(parameter, 0.7)
     if parameter == "cache":
         value = "prefix" if name == "fast_dllm" else False
-    flag = {flags.get(parameter, parameter): "none" if value is False else value}
-    assert build_recipe(RecipeFlags(recipe=name, **flag)) == RECIPES[name](**{parameter: value})
+    assert build_recipe(RecipeFlags(recipe=name, set=[f"{parameter}={value}"])) == RECIPES[name](**{parameter: value})
 
 
 REAL_LOAD = api.load
@@ -156,7 +155,7 @@ FILES = {
 IDS = ["--token-ids", "@ids", "--mask-id", "155"]
 PLAN = ["llada-moe", "--no-compile"]
 COMMANDS: list[tuple[list[str], str]] = [
-    (["genrate"], "COMMAND: got 'genrate'; allowed generate, infill, convert, train, plan, inspect; see"),
+    (["genrate"], "COMMAND: got 'genrate'; allowed generate, infill, convert, train, plan, parts, inspect; "),
     (["--vresion"], "--vresion: got an option that does not exist"),
     (["generate", "hi", "--max-new-tokens", "1.5"], "--max-new-tokens: got '1.5'; allowed an integer"),
     (["generate", "hi", "--max-new-tokens", "-1"], "--max-new-tokens: got -1; allowed an integer of at least 1"),
@@ -172,9 +171,11 @@ COMMANDS: list[tuple[list[str], str]] = [
     (["generate", "hi", "--dtype", "int8"], "--dtype: got 'int8'; allowed bfloat16, float16, float32"),
     (["generate", "hi", "--threshold", "-3"], "--threshold: got -3.0"),
     (["generate", "hi", "--smoothing", "50"], "--smoothing: got 50.0"),
-    (["generate", "hi", "--warmup", "-5"], "--warmup: got -5; allowed an integer of at least 0"),
-    (["generate", "hi", "--cache", "none", "--warmup", "2"], "--warmup: got 2 with cache none"),
-    (["generate", "hi", "--recipe", "fast_dllm", "--factor", "nan"], "--factor: got nan"),
+    (["generate", "hi", "--set", "warmup=-5"], "--set warmup: got -5; allowed an integer of at least 0"),
+    (["generate", "hi", "--cache", "none", "--set", "cache_policy.steps=2"], "--set cache_policy.steps: got 'steps'"),
+    (["generate", "hi", "--recipe", "fast_dllm", "--set", "factor=nan"], "--set factor: got nan"),
+    (["infill", "a [MASK]", "--set", "strategy"], "--set: got 'strategy'; allowed PATH=VALUE"),
+    (["plan", *PLAN, "--topology", "h200:8", "--set", "cache=no"], "--set cache: got 'no'; allowed true, false"),
     (["generate", "hi", "--recipe", "os:path"], "--recipe: got 'os:path', which gives a module"),
     (["generate", "hi", "--steps"], "--steps: got nothing; allowed one value; give it, see 'djax generate --help'"),
     (["generate", "hi", "--json=1"], "--json: got a value; allowed no value"),

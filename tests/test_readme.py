@@ -26,6 +26,7 @@ NOT_RUN = {"make_mesh({": "a mesh of eight devices", "from tunix": "an extra, te
 SLOW_COMMANDS = [
     'djax generate "What is 4827 + 1963?" "Sort these numbers: 74 64 76 88 72" --max-new-tokens 64 --json',
     'djax generate "What is 5+4-7+3+(7+3)?" --recipe fast_dllm --threshold 0.8 --temperature 0.7 --seed 1',
+    'djax generate "What is 4827 + 1963?" --set strategy=local_leap:near=0.7 --set cache_policy.before=8',
     'djax infill "The capital of [MASK:2] is Paris."',
     "djax inspect djax:base",
 ]
@@ -45,7 +46,8 @@ def commands(name: str) -> list[list[str]]:
     lines += re.findall(r"`((?:djax|python -m) [^`\n]+)`", prose)
     found = []
     for line in lines:
-        match = re.search(r"(?:^|[\s'&])((?:djax (?:generate|infill|convert|train|inspect|plan)|python -m) ?.*)", line)
+        match = re.search(
+            r"(?:^|[\s'&])((?:djax (?:generate|infill|convert|train|inspect|plan|parts)|python -m) ?.*)", line)
         if match:
             found.append(shlex.split(match[1].replace("'", ""), comments=True))
     return found

@@ -28,6 +28,7 @@ from djax.cli.flags import (
 )
 from djax.cli.interrupt import interruptible, reaching
 from djax.cli.mesh import Place, place
+from djax.cli.parts import parts_command
 from djax.cli.plan import plan_command
 from djax.errors import ArgumentError, check_choice, check_integer, check_number
 from djax.models.config import DTYPES
@@ -221,6 +222,7 @@ def train(
 
 
 app.command("plan", cls=OneLineCommand)(plan_command)
+app.command("parts", cls=OneLineCommand)(parts_command)
 
 
 @app.command(cls=OneLineCommand)

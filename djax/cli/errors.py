@@ -26,8 +26,7 @@ _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 _ALIASES = {
     "prompts": ("token_ids", "messages", "prompt", "template"), "messages": ("messages", "prompt"),
-    "token_ids": ("token_ids", "template"), "key": ("seed",), "steps_per_block": ("steps",),
-    "alpha": ("credit_alpha",), "beta": ("credit_beta",), "gamma": ("credit_gamma",), "source": ("source", "model")}
+    "token_ids": ("token_ids", "template"), "key": ("seed",), "source": ("source", "model")}
 """Parameters of commands that an argument of the library may come from, where the names differ."""
 
 

@@ -13,8 +13,7 @@ import typer
 from djax.cli.cache import COMPILE_CACHE_HELP
 from djax.cli.errors import refused
 
-_MODEL, _RECIPE, _PARTS, _SAMPLING = "Model", "Recipe", "Parts (override the recipe's)", "Sampling"
-_LENGTH = "Length"
+_MODEL, _RECIPE, _SAMPLING, _LENGTH = "Model", "Recipe", "Sampling", "Length"
 MESH_METAVAR, DISTRIBUTED_METAVAR = "AXIS=N,...|PRESET", "auto|HOST:PORT,COUNT,INDEX"
 MESH_HELP = "Devices to split the model over: tensor=4,expert=2, or tp, ep, tp_ep, dp_tp, ... for all that are there."
 DISTRIBUTED_HELP = (
@@ -70,49 +69,24 @@ class ModelFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeFlags:
-    """A recipe, and parts that replace its own. None means: as the recipe has it."""
+    """A recipe, and what replaces its own parts and numbers. None means: as the recipe has it."""
 
     recipe: Annotated[str, _option(
-        "--recipe", panel=_RECIPE,
-        help="llada, fast_dllm, dinfer, dinfer_credit, dinfer_hierarchical, llada2, or module:function of "
-        "your own.")] = "dinfer"
-    strategy: Annotated[str | None, _option(
-        "--strategy", panel=_PARTS, help="threshold, quota, factor or hierarchical.")] = None
+        "--recipe", panel=_RECIPE, metavar="NAME|MODULE:FUNCTION",
+        help="A recipe that 'djax parts' lists, or a function of your own.")] = "dinfer"
+    set: Annotated[list[str] | None, _option(
+        "--set", panel=_RECIPE, metavar="PATH=VALUE",
+        help="before=8 for a parameter of the recipe, strategy=quota:steps=4 for another part, strategy.threshold=0.8 "
+        "for one of its numbers; may be repeated. 'djax parts' lists all.")] = None
+    strategy: Annotated[str | None, _option("--strategy", panel=_RECIPE, help="Another strategy.")] = None
     threshold: Annotated[float | None, number(
-        "--threshold", panel=_PARTS, help="threshold: commit what is at least this probable.")] = None
+        "--threshold", panel=_RECIPE, help="Commit what is at least this probable.")] = None
     steps: Annotated[int | None, integer(
-        "--steps", panel=_PARTS, help="quota: steps per block; without it one token per step.")] = None
-    factor: Annotated[float | None, number("--factor", panel=_PARTS, help="factor: Fast-dLLM's factor.")] = None
-    high: Annotated[float | None, number(
-        "--high", panel=_PARTS, help="hierarchical: commit everything above it.")] = None
-    low: Annotated[float | None, number(
-        "--low", panel=_PARTS, help="hierarchical: commit the best of each run of masks above it.")] = None
-    random_order: Annotated[bool, _option(
-        "--random-order", panel=_PARTS, help="Choose positions at random instead of by confidence.")] = False
-    remask: Annotated[float | None, number(
-        "--remask", panel=_PARTS, help="Reopen tokens whose probability falls below this.")] = None
-    cache: Annotated[str | None, _option(
-        "--cache", panel=_PARTS, help="none, prefix, dual, vicinity or block_causal.")] = None
-    before: Annotated[int | None, integer(
-        "--before", panel=_PARTS, help="vicinity: positions before the block that each step recomputes.")] = None
-    after: Annotated[int | None, integer("--after", panel=_PARTS, help="vicinity: positions after it.")] = None
-    warmup: Annotated[int | None, integer(
-        "--warmup", panel=_PARTS, help="Full forwards at the start of the first block, with a cache.")] = None
-    refresh_every: Annotated[int | None, integer(
-        "--refresh-every", panel=_PARTS, help="Also recompute everything at every N-th step of a block.")] = None
+        "--steps", panel=_RECIPE, help="Steps per block; without it one token per step.")] = None
+    cache: Annotated[str | None, _option("--cache", panel=_RECIPE, help="Another cache policy, or none.")] = None
     smoothing: Annotated[float | None, number(
-        "--smoothing", panel=_PARTS, help="Largest weight of the soft tokens; 0 for hard tokens.")] = None
-    credit: Annotated[bool | None, _option(
-        "--credit/--no-credit", panel=_PARTS, help="Credit decoding.")] = None
-    credit_alpha: Annotated[float | None, number(
-        "--credit-alpha", panel=_PARTS, help="Weight of the credit in the logits.")] = None
-    credit_beta: Annotated[float | None, number(
-        "--credit-beta", panel=_PARTS, help="Decay of the credit per step.")] = None
-    credit_gamma: Annotated[float | None, number(
-        "--credit-gamma", panel=_PARTS, help="Exponent of the credited probability.")] = None
-    mask_token: Annotated[str | None, _option(
-        "--mask-token", panel=_PARTS,
-        help="forbid drops the mask before the argmax; refuse commits nothing where it wins.")] = None
+        "--smoothing", panel=_RECIPE, help="Largest weight of the soft tokens; 0 for hard tokens.")] = None
+    credit: Annotated[bool | None, _option("--credit/--no-credit", panel=_RECIPE, help="Credit decoding.")] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

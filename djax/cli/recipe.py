@@ -1,225 +1,139 @@
-"""Flags to a `Recipe`: start from a published one, replace the parts that flags name.
-
-The numbers of the recipes stay in `djax.recipes`: its functions' signatures give the defaults, and its
-functions build the parts.
-"""
+"""Flags to a `Recipe`: `--set` says everything (`djax.recipes.settings`), popular flags are short for some of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 from djax import recipes
 from djax.cli.flags import RecipeFlags
-from djax.contracts.types import CachePolicy, Strategy
-from djax.errors import ArgumentError, check_choice, check_integer, check_number, shown
-from djax.parts.cache_policies import BlockCausal, Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
-from djax.parts.smoothing import HardTokens
-from djax.parts.strategies import Factor, Hierarchical, Quota, RandomOrder, Remasking, Threshold
-from djax.parts.transforms import Credit, Identity
-from djax.recipes import Recipe
+from djax.errors import ArgumentError, shown
+from djax.parts import registry
+from djax.recipes import RECIPES, Recipe
+from djax.recipes.settings import assign, innermost, make, takes, unknown
 
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    "llada": recipes.llada,
-    "fast_dllm": recipes.fast_dllm,
-    "dinfer": recipes.dinfer,
-    "dinfer_credit": recipes.dinfer_credit,
-    "dinfer_hierarchical": recipes.dinfer_hierarchical,
-    "llada2": recipes.llada2,
-}
-STRATEGIES: dict[str, type] = {"threshold": Threshold, "quota": Quota, "factor": Factor, "hierarchical": Hierarchical}
-CACHES: dict[str, type] = {
-    "none": NoCache, "prefix": Prefix, "dual": Dual, "vicinity": Vicinity, "block_causal": BlockCausal}
-MASK_TOKENS = ("forbid", "refuse")
-
-_STRATEGY_FLAGS = {"threshold": "threshold", "steps": "quota", "factor": "factor", "high": "hierarchical",
-                   "low": "hierarchical"}
-_CACHE_FLAGS = {"before": ("vicinity",), "after": ("vicinity",), "warmup": ("prefix", "dual", "vicinity"),
-                "refresh_every": ("prefix", "dual", "vicinity")}
-_CREDIT_FLAGS = ("credit_alpha", "credit_beta", "credit_gamma")
-_IN_RANGE = "give one in that range"
-_PROBABILITIES = ("threshold", "high", "low", "remask", "smoothing", "credit_beta")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Base:
-    """What a recipe is made of, by name, and the numbers that it sets."""
-
-    strategy: str
-    cache: str
-    smoothing: float
-    credit: bool
-    numbers: dict[str, Any]
+_FLAGS = {"threshold": "--threshold", "steps_per_block": "--steps", "smoothing": "--smoothing"}
+"""Parameters of recipes that have a flag."""
 
 
 def build_recipe(flags: RecipeFlags) -> Recipe:
-    """The recipe that the flags ask for.
+    """The recipe that the flags ask for: its parameters first, then the popular flags, then `--set` in order.
 
     Raises:
         ArgumentError: an unknown name, a number out of range, or a flag that the chosen parts have no use for.
     """
-    if ":" in flags.recipe:
-        return _own_recipe(flags)
-    _check_numbers(flags)
-    base = _read(_choice("recipe", flags.recipe, RECIPES))
-    strategy = base.strategy if flags.strategy is None else _choice("strategy", flags.strategy, STRATEGIES)
-    if flags.strategy is None and flags.factor is not None and "factor" in _defaults(RECIPES[_plain(flags.recipe)]):
-        strategy = "factor"  # the recipe's own other rule
-    cache = base.cache if flags.cache is None else _choice("cache", flags.cache, CACHES)
-    credit = base.credit if flags.credit is None else flags.credit
-    _check_use(flags, strategy=strategy, cache=cache, credit=credit)
-    smoothing = base.smoothing if flags.smoothing is None else flags.smoothing
-    recipe = Recipe(
-        strategy=_wrapped(flags, _strategy(flags, strategy, base, smoothing)),
-        cache_policy=_cache_policy(flags, cache, base),
-        transform=_credit(flags, base) if credit else Identity(),
-        smoothing=recipes.dinfer(smoothing=smoothing).smoothing if smoothing else HardTokens())
-    if flags.mask_token is not None:
-        mask_token = _choice("mask_token", flags.mask_token, MASK_TOKENS)
-        recipe = dataclasses.replace(recipe, mask_token="forbid" if mask_token == "forbid" else "refuse")
+    function = _function(flags.recipe)
+    parameters, assignments = _settings(flags.set or [], function)
+    numbers = dict(zip(_FLAGS, (flags.threshold, flags.steps, flags.smoothing), strict=True))
+    given = {name: str(value) for name, value in numbers.items() if value is not None}
+    if flags.smoothing == 0:
+        given["smoothing"] = "none"
+    given |= {name: text for name, text in parameters.items() if name in _FLAGS}
+    own = {name: text for name, text in given.items() if name in takes(function)} | parameters
+    try:
+        recipe = make(function, own, name="--set ") if callable(function) else function
+        if not isinstance(recipe, Recipe):
+            raise ArgumentError("--recipe", f"{shown(flags.recipe)}, which gives a {type(recipe).__name__}",
+                                allowed="a function that returns djax.Parts", advice="return one")
+        recipe = _with_others(_with_strategy(recipe, function, flags, given), function, flags, given)
+    except ArgumentError as error:
+        name = error.name.removeprefix("--set ")
+        raise error.renamed(_FLAGS[name]) if name in given.keys() - parameters.keys() else error from None
+    for path, text in assignments:
+        recipe = assign(recipe, path, text)
     return recipe
 
 
-def _own_recipe(flags: RecipeFlags) -> Recipe:
-    """What a function of the user's own gives, named as module:function; looked for in the working directory too."""
-    others = [field.name for field in dataclasses.fields(flags)
-              if field.name != "recipe" and getattr(flags, field.name) != field.default]
-    if others:
-        raise ArgumentError(flag(others[0]), f"it with --recipe {flags.recipe}", allowed="it with a recipe of djax",
-                            advice="put the number into your function")
-    module, _, function = flags.recipe.partition(":")
+def _function(name: str) -> Any:
+    """A recipe's function by name, or what module:function names; looked for in the working directory too."""
+    if ":" not in name:
+        return RECIPES[_choice("--recipe", name, RECIPES)]
+    module, _, function = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        make = operator.attrgetter(function)(importlib.import_module(module))
+        return operator.attrgetter(function)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
-        raise ArgumentError("--recipe", f"{shown(flags.recipe)} ({error})",
+        raise ArgumentError("--recipe", f"{shown(name)} ({error})",
                             allowed="module:function, of a module that Python finds from here",
                             advice="check both names") from error
-    recipe = make() if callable(make) else make
-    if not isinstance(recipe, Recipe):
-        raise ArgumentError("--recipe", f"{shown(flags.recipe)}, which gives a {type(recipe).__name__}",
-                            allowed="a function without arguments that returns djax.Parts", advice="return one")
+
+
+def _settings(settings: list[str], function: Any) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """What `--set` gives: parameters of the recipe's function, and paths with their values.
+
+    Where a parameter and an axis have one name, a value that names a part is for the axis.
+    """
+    own, axes = takes(function), takes(Recipe)
+    parameters: dict[str, str] = {}
+    assignments = []
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        path = path.strip().replace("-", "_")
+        first = path.partition(".")[0]
+        if not equals:
+            raise ArgumentError("--set", shown(setting), allowed="PATH=VALUE, such as strategy.threshold=0.8",
+                                advice="see 'djax parts'")
+        if path in own and (path not in axes or axes[path].struct(text) is None):
+            parameters[path] = text
+        elif first in axes:
+            assignments.append((path, text))
+        else:
+            raise unknown(f"--set {path}".strip(), first, {**own, **axes})
+    return parameters, assignments
+
+
+def _with_strategy(recipe: Recipe, function: Any, flags: RecipeFlags, given: dict[str, str]) -> Recipe:
+    """The strategy that flags name or give numbers for, as a published recipe has it with these numbers, if one does.
+
+    So a threshold falls under smoothing whichever recipe it came from.
+    """
+    present, parts = registry.name_of(recipe.strategy), registry.parts("strategy")
+    wanted = present if flags.strategy is None else _choice("--strategy", flags.strategy, parts)
+    if any(taken.axis == "strategy" for taken in takes(parts.get(wanted)).values()) and wanted != present:
+        numbered = _with_strategy(recipe, function, dataclasses.replace(flags, strategy=None), given)
+        return assign(numbered, "strategy", wanted)  # it wraps the strategy with these numbers
+    published = [recipes.dinfer, *RECIPES.values()] if function in RECIPES.values() else []
+    having = {each: registry.name_of(each().strategy) for each in published}
+    sources = [function] * (wanted == present) + [each for each, name in having.items() if name == wanted]
+    source = max(sources, key=lambda each: len(given.keys() & takes(each).keys()), default=None)
+    for number, value in given.items():
+        if number not in takes(source) and not (published and number == "smoothing"):
+            owner = next((name for each, name in having.items() if number in takes(each)), None)
+            raise ArgumentError(
+                _FLAGS[number], f"{value} with strategy {wanted}",
+                allowed=f"with strategy {owner}" if owner else "a parameter of the recipe's function",
+                advice=f"add --strategy {owner} or drop {_FLAGS[number]}" if owner else "use --set strategy.NAME=VALUE")
+    if source is function:
+        return recipe
+    if source is None:
+        return assign(recipe, "strategy", wanted)
+    defaults = {name: str(taken.default) for name, taken in takes(function).items() if name in _FLAGS}
+    texts = {"smoothing": "none"} | defaults | given
+    texts = {name: text for name, text in texts.items() if name in takes(source)}
+    return dataclasses.replace(recipe, strategy=make(source, texts, name="--set ").strategy)
+
+
+def _with_others(recipe: Recipe, function: Any, flags: RecipeFlags, given: dict[str, str]) -> Recipe:
+    """What the flags for smoothing, cache and credit say, where the recipe does not have it already."""
+    if "smoothing" in given and "smoothing" not in takes(function):
+        smoothing = make(recipes.dinfer, {"smoothing": given["smoothing"]}, name="--set ").smoothing
+        recipe = dataclasses.replace(recipe, smoothing=smoothing)
+    if flags.cache is not None:
+        cache = _choice("--cache", flags.cache, ["none", *registry.parts("cache_policy")])
+        if cache != registry.name_of(innermost(recipe.cache_policy)):
+            recipe = assign(recipe, "cache_policy", cache)
+    if flags.credit not in (None, registry.name_of(recipe.transform) == "credit"):
+        recipe = assign(recipe, "transform", "credit" if flags.credit else "none")
     return recipe
 
 
-def flag(name: str) -> str:
-    """`refresh_every` -> `--refresh-every`."""
-    return "--" + name.replace("_", "-")
-
-
-def _plain(value: str) -> str:
-    return value.strip().lower().replace("-", "_")
-
-
-def _choice(name: str, value: str, allowed: Any) -> str:
-    plain = _plain(value)
-    return plain if plain in allowed else str(check_choice(flag(name), value, allowed))
-
-
-def _read(name: str) -> _Base:
-    """The names of a recipe's parts from the parts themselves, its numbers from its function's defaults."""
-    built = RECIPES[name]()
-    numbers = _defaults(RECIPES[name])
-    policy = built.cache_policy
-    while isinstance(policy, WithWarmup | Periodic):
-        policy = policy.policy
-    soft = built.smoothing.soft
-    return _Base(
-        strategy=next(key for key, kind in STRATEGIES.items() if isinstance(built.strategy, kind)),
-        cache=next(key for key, kind in CACHES.items() if isinstance(policy, kind)),
-        smoothing=numbers["smoothing"] if soft else 0.0, credit=isinstance(built.transform, Credit),
-        numbers={key: value for key, value in numbers.items() if key not in ("cache", "smoothing", "factor")})
-
-
-def _defaults(function: Any) -> dict[str, Any]:
-    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
-
-
-def _check_numbers(flags: RecipeFlags) -> None:
-    for name in _PROBABILITIES:
-        value = getattr(flags, name)
-        if value is not None:
-            check_number(flag(name), value, 0.0, 1.0, advice=_IN_RANGE)
-    for name in ("factor", "credit_alpha", "credit_gamma"):
-        value = getattr(flags, name)
-        if value is not None:
-            check_number(flag(name), value, 0.0, advice=_IN_RANGE)
-    for name, least in (("steps", 1), ("refresh_every", 1), ("before", 0), ("after", 0), ("warmup", 0)):
-        value = getattr(flags, name)
-        if value is not None:
-            check_integer(flag(name), value, least, advice=_IN_RANGE)
-
-
-def _check_use(flags: RecipeFlags, *, strategy: str, cache: str, credit: bool) -> None:
-    """Refuse flags that would have no effect."""
-    for name, owner in _STRATEGY_FLAGS.items():
-        value = getattr(flags, name)
-        if value is not None and strategy != owner:
-            raise ArgumentError(flag(name), f"{value} with strategy {strategy}", allowed=f"with strategy {owner}",
-                                advice=f"add --strategy {owner} or drop {flag(name)}")
-    for name, owners in _CACHE_FLAGS.items():
-        value = getattr(flags, name)
-        if value is not None and cache not in owners:
-            raise ArgumentError(flag(name), f"{value} with cache {cache}", allowed=f"with cache {' or '.join(owners)}",
-                                advice=f"add --cache {owners[-1]} or drop {flag(name)}")
-    for name in _CREDIT_FLAGS:
-        value = getattr(flags, name)
-        if value is not None and not credit:
-            raise ArgumentError(flag(name), f"{value} without credit decoding", allowed="with --credit",
-                                advice=f"add --credit or drop {flag(name)}")
-
-
-def _strategy(flags: RecipeFlags, name: str, base: _Base, smoothing: float) -> Strategy:
-    weight = smoothing or None
-    if name == "quota":
-        return recipes.llada(steps_per_block=flags.steps).strategy
-    if name == "factor":
-        if flags.factor is None:
-            raise ArgumentError("--factor", "nothing with strategy factor", allowed="a number of at least 0",
-                                advice="give it, for example --factor 1.5")
-        return Factor(flags.factor)
-    if name == "threshold":
-        default = base.numbers.get("threshold", _defaults(recipes.dinfer)["threshold"])
-        return recipes.dinfer(threshold=_or(flags.threshold, default), smoothing=weight).strategy
-    published = _defaults(recipes.dinfer_hierarchical)
-    high, low = (_or(getattr(flags, key), base.numbers.get(key, published[key])) for key in ("high", "low"))
-    if low > high:
-        raise ArgumentError("--low", low, allowed=f"at most --high, {high}", advice="lower it or raise --high")
-    return recipes.dinfer_hierarchical(high=high, low=low, smoothing=weight).strategy
-
-
-def _wrapped(flags: RecipeFlags, strategy: Strategy) -> Strategy:
-    # Random order inside: remasking has to see the real probabilities, not the random scores.
-    if flags.random_order:
-        strategy = RandomOrder(strategy)
-    return strategy if flags.remask is None else Remasking(strategy, flags.remask)
-
-
-def _cache_policy(flags: RecipeFlags, name: str, base: _Base) -> CachePolicy:
-    """The cache policy; a recipe's own numbers hold for its own policy only, not for one that replaces it."""
-    numbers = base.numbers if name == base.cache else {}
-    policy: CachePolicy = CACHES[name]()
-    if name == "vicinity":
-        published = _defaults(recipes.dinfer)
-        policy = Vicinity(**{key: _or(getattr(flags, key), numbers.get(key, published[key]))
-                             for key in ("before", "after")})
-    if flags.refresh_every is not None:
-        policy = Periodic(policy, flags.refresh_every)
-    warmup = _or(flags.warmup, numbers.get("warmup", 0)) if name != "none" else 0
-    return WithWarmup(policy, warmup) if warmup else policy
-
-
-def _credit(flags: RecipeFlags, base: _Base) -> Credit:
-    published = _defaults(recipes.dinfer_credit)
-    return Credit(**{key: _or(getattr(flags, f"credit_{key}"), base.numbers.get(key, published[key]))
-                     for key in ("alpha", "beta", "gamma")})
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _choice(flag: str, value: str, allowed: Collection[str]) -> str:
+    plain = value.strip().lower().replace("-", "_")
+    if plain not in allowed:
+        raise unknown(flag, value, allowed)
+    return plain

@@ -16,6 +16,8 @@ from djax.contracts import answers, struct
 from djax.contracts.types import CachePolicy, Plan, StepInfo
 from djax.errors import ArgumentError, check_integer
 
+__all__ = ["BlockCausal", "Dual", "NoCache", "Periodic", "Prefix", "Vicinity", "WithWarmup"]
+
 
 @struct.dataclass
 class NoCache:

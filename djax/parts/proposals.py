@@ -14,6 +14,8 @@ from djax.contracts.types import Candidates, Filter, Logits, Noise, Propose, Rea
 from djax.errors import check_choice, check_integer, check_number
 from kernels_pallas import gumbel_noise
 
+__all__ = ["Greedy", "RefuseToken", "Sample"]
+
 LARGEST_TEMPERATURE = 2.0**100
 """A draw's: above, noise times temperature could overflow float32."""
 

@@ -11,6 +11,8 @@ from djax.contracts import struct
 from djax.contracts.types import StepInfo
 from djax.parts.schedules import Linear, Schedule
 
+__all__ = ["HardTokens", "SoftTokens"]
+
 
 @struct.dataclass
 class HardTokens:

@@ -12,6 +12,8 @@ from djax.contracts import struct
 from djax.contracts.types import StepInfo, StopRule
 from djax.errors import check_integer
 
+__all__ = ["AnyOf", "Never", "OnEos"]
+
 
 @struct.dataclass
 class Never:

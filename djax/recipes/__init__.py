@@ -7,6 +7,7 @@ stopping belong to the call, not to the recipe.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 from jaxtyping import Array, Float, Int
@@ -130,6 +131,11 @@ def llada2(*, threshold: Number = 0.95, cache: bool = True) -> Recipe:
         cache: False computes the whole canvas at every step.
     """
     return Recipe(strategy=Threshold(threshold), cache_policy=BlockCausal() if cache else NoCache())
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    function.__name__: function for function in (llada, fast_dllm, dinfer, dinfer_credit, dinfer_hierarchical, llada2)}
+"""The recipes by name."""
 
 
 def default_for(config: ModelConfig, *, gaps: bool = False) -> Recipe:

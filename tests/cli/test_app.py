@@ -28,13 +28,14 @@ from djax.cli.app import app
 from djax.cli.flags import RecipeFlags
 from djax.cli.inputs import read_template
 from djax.cli.live import printable
-from djax.cli.recipe import RECIPES, build_recipe
+from djax.cli.recipe import build_recipe
 from djax.engine.tokenizer import render_chat
-from djax.parts.cache_policies import Dual, NoCache, Periodic, Prefix, Vicinity, WithWarmup
+from djax.parts.cache_policies import Dual, NoCache, Prefix, Vicinity, WithWarmup
 from djax.parts.schedules import Linear
 from djax.parts.smoothing import HardTokens, SoftTokens
-from djax.parts.strategies import Factor, Hierarchical, Quota, RandomOrder, Remasking, Threshold
+from djax.parts.strategies import Hierarchical, LocalLeap, Quota, RandomOrder, Threshold
 from djax.parts.transforms import Credit, Identity
+from djax.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--max-new-tokens", "8", "--block-length", "4", "--recipe", "llada", "--dtype", "float32"]
@@ -258,7 +259,7 @@ def test_version_and_bare_call() -> None:
     assert "generate" in bare.stdout
 
 
-@pytest.mark.parametrize("command", [(), ("generate",), ("infill",), ("convert",), ("inspect",)])
+@pytest.mark.parametrize("command", [(), ("generate",), ("infill",), ("convert",), ("inspect",), ("parts",)])
 def test_help(command: tuple[str, ...]) -> None:
     result = invoke(*command, "--help")
     assert result.exit_code == 0
@@ -269,7 +270,7 @@ def test_help_and_wrong_flags_import_no_jax() -> None:
     code = """
 import sys
 from djax.cli.app import app
-for arguments in (["--help"], ["generate", "--help"], ["convert", "--help"], ["generate", "hi", "--top-p", "7"],
+for arguments in (["--help"], ["generate", "--help"], ["parts", "--help"], ["generate", "hi", "--top-p", "7"],
                   ["generate", "hi", "--no-such-flag"], ["generate", "hi", "--max-new-tokens", "0"]):
     try:
         app(arguments)
@@ -305,32 +306,28 @@ FALLING = Linear(1.0, -0.02, minimum=0.7)
     ({"threshold": 0.7, "smoothing": 0.0}, "strategy", Threshold(0.7)),
     ({"strategy": "quota"}, "strategy", Quota(2**31 - 1)),
     ({"strategy": "quota", "steps": 5}, "strategy", Quota(5)),
-    ({"strategy": "factor", "factor": 1.5}, "strategy", Factor(1.5)),
-    ({"strategy": "hierarchical", "high": 0.7, "low": 0.5}, "strategy", Hierarchical(high=FALLING, low=0.5)),
+    ({"strategy": "hierarchical"}, "strategy", Hierarchical(high=Linear(1.0, -0.02, minimum=0.92), low=0.62)),
+    ({"strategy": "local_leap"}, "strategy", LocalLeap()),
+    ({"strategy": "Local-Leap"}, "strategy", LocalLeap()),
     ({"recipe": "llada", "strategy": "hierarchical"}, "strategy", Hierarchical(high=0.92, low=0.62)),
-    ({"recipe": "llada", "random_order": True, "steps": 3}, "strategy", RandomOrder(Quota(3))),
-    ({"recipe": "llada", "steps": 3, "remask": 0.2}, "strategy", Remasking(Quota(3), 0.2)),
-    ({"recipe": "llada", "steps": 3, "remask": 0.2, "random_order": True}, "strategy",
-     Remasking(RandomOrder(Quota(3)), 0.2)),
+    ({"recipe": "llada", "strategy": "threshold", "threshold": 0.7}, "strategy", Threshold(0.7)),
+    ({"recipe": "llada", "strategy": "threshold"}, "strategy", Threshold(0.8)),
+    ({"recipe": "llada", "strategy": "random_order", "steps": 3, "set": ["strategy.steps=4"]}, "strategy",
+     RandomOrder(Quota(4))),
     ({"recipe": "fast_dllm"}, "strategy", Threshold(0.9)),
+    ({"recipe": "fast_dllm", "smoothing": 0.2}, "strategy", Threshold(Linear(1.0, -0.02, minimum=0.9))),
     ({"recipe": "fast_dllm", "smoothing": 0.2, "threshold": 0.7}, "strategy", Threshold(FALLING)),
     ({"cache": "none"}, "cache_policy", NoCache()),
     ({"cache": "prefix"}, "cache_policy", Prefix()),
     ({"cache": "dual"}, "cache_policy", Dual()),
     ({"cache": "vicinity"}, "cache_policy", WithWarmup(Vicinity(before=16, after=16), steps=4)),
-    ({"before": 3, "after": 0, "warmup": 0}, "cache_policy", Vicinity(before=3, after=0)),
-    ({"cache": "dual", "warmup": 2}, "cache_policy", WithWarmup(Dual(), steps=2)),
-    ({"cache": "prefix", "refresh_every": 3}, "cache_policy", Periodic(Prefix(), every=3)),
-    ({"refresh_every": 3}, "cache_policy", WithWarmup(Periodic(Vicinity(before=16, after=16), every=3), steps=4)),
     ({"recipe": "llada", "cache": "vicinity"}, "cache_policy", Vicinity(before=16, after=16)),
     ({"smoothing": 0.0}, "smoothing", HardTokens()),
     ({"smoothing": 0.2}, "smoothing", SoftTokens(Linear(0.15, 0.02, maximum=0.2))),
     ({"recipe": "llada", "smoothing": 0.3}, "smoothing", SoftTokens(Linear(0.15, 0.02, maximum=0.3))),
     ({"credit": True}, "transform", Credit(alpha=0.7, beta=0.8, gamma=0.2)),
-    ({"credit": True, "credit_alpha": 1.0, "credit_beta": 0.5, "credit_gamma": 0.1}, "transform",
-     Credit(alpha=1.0, beta=0.5, gamma=0.1)),
+    ({"recipe": "dinfer_credit", "credit": True, "set": ["beta=0.5"]}, "transform", Credit(beta=0.5)),
     ({"recipe": "dinfer_credit", "credit": False}, "transform", Identity()),
-    ({"mask_token": "refuse"}, "mask_token", "refuse"),
 ])
 def test_parts(flags: dict[str, Any], axis: str, expected: Any) -> None:
     assert getattr(build_recipe(RecipeFlags(**flags)), axis) == expected
@@ -363,26 +360,19 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--threshold"], "--threshold: got "),
     (["--treshold", "0.5"], "--treshold: got an option that does not exist; .* did you mean .*--threshold"),
     (["--recipe", "dinfre"], "--recipe: got 'dinfre'; allowed llada, fast_dllm, dinfer, dinfer_credit"),
-    (["--strategy", "greedy"], "--strategy: got 'greedy'; allowed threshold, quota, factor, hierarchical"),
-    (["--cache", "full"], "--cache: got 'full'; allowed none, prefix, dual, vicinity"),
-    (["--mask-token", "keep"], "--mask-token: got 'keep'; allowed forbid, refuse"),
-    (["--factor", "1.5"], "--factor: got 1.5 with strategy threshold; allowed with strategy factor; add --strategy"),
-    (["--strategy", "factor"], "--factor: got nothing"),
-    (["--strategy", "factor", "--factor", "inf"], "--factor: got inf"),
+    (["--recipe", "dinfre"], "--recipe: got 'dinfre'; .*; did you mean dinfer"),
+    (["--strategy", "greedy"], "--strategy: got 'greedy'; allowed factor, hierarchical, local_leap, quota"),
+    (["--strategy", "local_lap"], "--strategy: got 'local_lap'; .*; did you mean local_leap"),
+    (["--cache", "full"], "--cache: got 'full'; allowed none, block_causal, dual, "),
+    (["--strategy", "factor"], "--set strategy=factor:factor: got nothing; allowed a number; give it: --set strategy="),
     (["--steps", "3"], "--steps: got 3 with strategy threshold; allowed with strategy quota"),
     (["--recipe", "llada", "--steps", "0"], "--steps: got 0; allowed an integer of at least 1"),
     (["--recipe", "llada", "--steps", "99999999999"], "--steps: got 99999999999"),
     (["--recipe", "llada", "--threshold", "0.5"], "--threshold: got 0.5 with strategy quota"),
-    (["--high", "0.9"], "--high: got 0.9 with strategy threshold"),
-    (["--recipe", "dinfer_hierarchical", "--high", "0.5", "--low", "0.6"], "--low: got 0.6; allowed at most --high"),
-    (["--cache", "dual", "--before", "3"], "--before: got 3 with cache dual; allowed with cache vicinity"),
-    (["--before", "-1"], "--before: got -1"),
-    (["--cache", "none", "--warmup", "2"], "--warmup: got 2 with cache none"),
-    (["--refresh-every", "0"], "--refresh-every: got 0"),
+    (["--strategy", "quota", "--threshold", "0.5"], "--threshold: got 0.5 with strategy quota"),
+    (["--recipe", "llada", "--strategy", "threshold", "--threshold", "7"], "--threshold: got 7.0; allowed a finite"),
     (["--smoothing", "2"], "--smoothing: got 2.0"),
-    (["--credit-alpha", "1"], "--credit-alpha: got 1.0 without credit decoding; allowed with --credit"),
-    (["--no-credit", "--recipe", "dinfer_credit", "--credit-beta", "0.5"], "--credit-beta: got 0.5 without credit"),
-    (["--remask", "-0.1"], "--remask: got -0.1"),
+    (["--recipe", "llada", "--smoothing", "2"], "--smoothing: got 2.0"),
     (["--temperature", "-1"], "--temperature: got -1.0"),
     (["--temperature", "inf"], "--temperature: got inf"),
     (["--top-k", "0"], "--top-k: got 0; allowed an integer of at least 1"),
@@ -463,7 +453,7 @@ def test_wrong_files(tmp_path: Path, arguments: list[str], content: Any, expecte
     (["infill", "a [MASK:x]", "--dtype", "float32"], "", "TEMPLATE: got '[MASK:x]'"),
     (["infill", "a [MASK:99999999999999]", "--dtype", "float32"], "", "TEMPLATE: got '[MASK:99999999999999]'"),
     (["infill", "a", "b"], "", "arguments: got 'b' too many"),
-    (["genrate", "hi"], "", "COMMAND: got 'genrate'; allowed generate, infill, convert, train, plan, inspect"),
+    (["genrate", "hi"], "", "COMMAND: got 'genrate'; allowed generate, infill, convert, train, plan, parts, inspect"),
     (["convert", "somewhere"], "", "DST: got nothing"),
     (["convert", "a", "b", "--dtype", "int4"], "", "--dtype: got 'int4'"),
 ])
@@ -532,7 +522,7 @@ def test_a_wrong_flag_as_a_process() -> None:
     done = process("generate", "hi", "--threshold", "7")
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.decode().splitlines() == [
-        "djax: --threshold: got 7.0; allowed a finite number of at least 0 and at most 1; give one in that range"]
+        "djax: --threshold: got 7.0; allowed a finite number of at least 0 and at most 1; change it"]
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 
@@ -11,19 +10,24 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from djax import recipes
+from djax import Parts, recipes
 from djax.cli.app import app
 from djax.cli.cache import use_compile_cache
 from djax.cli.flags import RecipeFlags
 from djax.cli.outputs import print_json
-from djax.cli.recipe import RECIPES, build_recipe
+from djax.cli.recipe import build_recipe
 from djax.engine.results import Generation
+from djax.parts.cache_policies import Prefix
+from djax.parts.strategies import LocalLeap
+from djax.parts.transforms import Credit
 from djax.train.config import describe_fields
 
 MODULE = """
 from djax import recipes
 def mine():
     return recipes.fast_dllm(threshold=0.7, cache="none")
+def numbered(sure: float, *, blocks: int | None = None, cache="dual"):
+    return recipes.fast_dllm(threshold=sure, cache=cache)
 def wrong():
     return 3
 value = recipes.llada()
@@ -42,6 +46,10 @@ def test_a_recipe_of_ones_own(here: Path) -> None:
     module = "own_recipes_of_a_test"
     assert build_recipe(RecipeFlags(recipe=f"{module}:mine")) == recipes.fast_dllm(threshold=0.7, cache="none")
     assert build_recipe(RecipeFlags(recipe=f"{module}:value")) == recipes.llada()
+    given = RecipeFlags(recipe=f"{module}:numbered", set=["cache=prefix", "sure=0.7", "strategy.threshold=0.6"])
+    assert build_recipe(given) == recipes.fast_dllm(threshold=0.6, cache="prefix")
+    changed = RecipeFlags(recipe=f"{module}:mine", strategy="local-leap", cache="prefix", credit=True)
+    assert build_recipe(changed) == Parts(strategy=LocalLeap(), cache_policy=Prefix(), transform=Credit())
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -49,7 +57,13 @@ def test_a_recipe_of_ones_own(here: Path) -> None:
     (["--recipe", "no_such_module_here:f"], "--recipe: got 'no_such_module_here:f' (No module named"),
     (["--recipe", "own_recipes_of_a_test:wrong"], "--recipe: got 'own_recipes_of_a_test:wrong', which gives a int"),
     (["--recipe", ":"], "--recipe: got ':' ("),
-    (["--recipe", "own_recipes_of_a_test:mine", "--threshold", "0.5"], "--threshold: got it with --recipe"),
+    (["--recipe", "own_recipes_of_a_test:mine", "--threshold", "0.5"],
+     "--threshold: got 0.5 with strategy threshold; allowed a parameter of the recipe's function; use --set strategy."),
+    (["--recipe", "own_recipes_of_a_test:numbered"],
+     "--set sure: got nothing; allowed a number; give it: --set sure=VALUE"),
+    (["--recipe", "own_recipes_of_a_test:numbered", "--set", "blocks=x"],
+     "--set blocks: got 'x'; allowed none, an integer; give one of them"),
+    (["--recipe", "own_recipes_of_a_test:mine", "--set", "sure=0.5"], "--set sure: got 'sure'; allowed strategy, "),
 ])
 def test_a_wrong_one_is_one_line(here: Path, arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["generate", "hi", *arguments])
@@ -95,23 +109,3 @@ def test_every_field_of_a_training_run_is_explained() -> None:
     assert "training.steps (an integer, required): Updates of the whole run." in lines
     assert "mesh.data (1): Devices over which a batch's rows are split." in lines
     assert len(lines) > 30
-
-
-FLAGS = {"steps_per_block": "steps", "alpha": "credit_alpha", "beta": "credit_beta", "gamma": "credit_gamma"}
-"""Flags of parameters whose names say too little on a command line."""
-VALUES = {"steps_per_block": 4, "factor": 1.5, "before": 3, "after": 5, "warmup": 2, "smoothing": 0.2,
-          "cache": "prefix"}
-
-
-def test_every_number_of_a_recipe_is_a_flag() -> None:
-    """With that recipe and nothing else, and it gives what the function gives."""
-    tried = 0
-    for name, make in RECIPES.items():
-        for parameter, given in inspect.signature(make).parameters.items():
-            if isinstance(given.default, bool):
-                continue  # --cache none
-            value = VALUES.get(parameter, 0.7)
-            flags = RecipeFlags(recipe=name, **{FLAGS.get(parameter, parameter): value})
-            assert build_recipe(flags) == make(**{parameter: value}), (name, parameter)
-            tried += 1
-    assert tried > 15
