@@ -78,15 +78,15 @@ class RecipeFlags:
         "--set", panel=_RECIPE, metavar="PATH=VALUE",
         help="before=8 for a parameter of the recipe, strategy=quota:steps=4 for another part, strategy.threshold=0.8 "
         "for one of its numbers; may be repeated. 'djax parts' lists all.")] = None
-    strategy: Annotated[str | None, _option("--strategy", panel=_RECIPE, help="Another strategy.")] = None
+    strategy: Annotated[str | None, _option(
+        "--strategy", panel=_RECIPE, help="Short for --set strategy=NAME, with the next two's numbers.")] = None
     threshold: Annotated[float | None, number(
         "--threshold", panel=_RECIPE, help="Commit what is at least this probable.")] = None
     steps: Annotated[int | None, integer(
-        "--steps", panel=_RECIPE, help="Steps per block; without it one token per step.")] = None
-    cache: Annotated[str | None, _option("--cache", panel=_RECIPE, help="Another cache policy, or none.")] = None
+        "--steps", panel=_RECIPE, help="Steps per block, of recipe llada or strategy quota.")] = None
+    cache: Annotated[str | None, _option("--cache", panel=_RECIPE, help="Short for --set cache_policy=NAME.")] = None
     smoothing: Annotated[float | None, number(
         "--smoothing", panel=_RECIPE, help="Largest weight of the soft tokens; 0 for hard tokens.")] = None
-    credit: Annotated[bool | None, _option("--credit/--no-credit", panel=_RECIPE, help="Credit decoding.")] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

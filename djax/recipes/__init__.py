@@ -38,7 +38,7 @@ def llada(*, steps_per_block: int | Int[Array, ""] | None = None) -> Recipe:
     """
     if steps_per_block is not None:
         check_integer("steps_per_block", steps_per_block, 1)
-    return Recipe(strategy=Quota(steps=2**31 - 1 if steps_per_block is None else steps_per_block))
+    return Recipe(strategy=Quota() if steps_per_block is None else Quota(steps_per_block))
 
 
 def fast_dllm(

@@ -156,17 +156,11 @@ def _assign_inner(part: T, path: str, text: str, *, name: str) -> T:
     first = path.partition(".")[0]
     for field, inner in _wrapped(part).items():
         for index, each in enumerate(inner):
-            if first in _names(each):
+            if first in names(each):
                 changed = (*inner[:index], assign(each, path, text, name=name), *inner[index + 1:])
                 value = changed if isinstance(getattr(part, field), tuple) else changed[0]
                 return dataclasses.replace(part, **{field: value})  # type: ignore[type-var]
-    raise unknown(f"{name}{first}", first, _names(part))
-
-
-def innermost(part: Any) -> Any:
-    """The part that wraps no other: itself, or the last one that it holds."""
-    inner = [each for parts in _wrapped(part).values() for each in parts]
-    return innermost(inner[-1]) if inner else part
+    raise unknown(f"{name}{first}", first, names(part))
 
 
 def _wrapped(part: Any) -> dict[str, tuple[Any, ...]]:
@@ -175,10 +169,10 @@ def _wrapped(part: Any) -> dict[str, tuple[Any, ...]]:
     return {name: value if isinstance(value, tuple) else (value,) for name, value in held.items()}
 
 
-def _names(part: Any) -> list[str]:
+def names(part: Any) -> list[str]:
     """A part's fields and those of the parts that it holds."""
     return list(dict.fromkeys([*takes(type(part)), *(
-        name for inner in _wrapped(part).values() for each in inner for name in _names(each))]))
+        name for inner in _wrapped(part).values() for each in inner for name in names(each))]))
 
 
 def _read(taken: Taken, text: str, *, name: str, present: Any = None) -> Any:

@@ -33,8 +33,7 @@ from djax.engine.tokenizer import render_chat
 from djax.parts.cache_policies import Dual, NoCache, Prefix, Vicinity, WithWarmup
 from djax.parts.schedules import Linear
 from djax.parts.smoothing import HardTokens, SoftTokens
-from djax.parts.strategies import Hierarchical, LocalLeap, Quota, RandomOrder, Threshold
-from djax.parts.transforms import Credit, Identity
+from djax.parts.strategies import Hierarchical, LocalLeap, Quota, RandomOrder, Remasking, Threshold
 from djax.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -304,30 +303,26 @@ FALLING = Linear(1.0, -0.02, minimum=0.7)
 @pytest.mark.parametrize(("flags", "axis", "expected"), [
     ({"threshold": 0.7}, "strategy", Threshold(FALLING)),
     ({"threshold": 0.7, "smoothing": 0.0}, "strategy", Threshold(0.7)),
-    ({"strategy": "quota"}, "strategy", Quota(2**31 - 1)),
+    ({"strategy": "quota"}, "strategy", Quota()),
     ({"strategy": "quota", "steps": 5}, "strategy", Quota(5)),
-    ({"strategy": "hierarchical"}, "strategy", Hierarchical(high=Linear(1.0, -0.02, minimum=0.92), low=0.62)),
+    ({"recipe": "llada", "steps": 5}, "strategy", Quota(5)),
+    ({"strategy": "hierarchical"}, "strategy", Hierarchical()),
     ({"strategy": "local_leap"}, "strategy", LocalLeap()),
     ({"strategy": "Local-Leap"}, "strategy", LocalLeap()),
-    ({"recipe": "llada", "strategy": "hierarchical"}, "strategy", Hierarchical(high=0.92, low=0.62)),
     ({"recipe": "llada", "strategy": "threshold", "threshold": 0.7}, "strategy", Threshold(0.7)),
-    ({"recipe": "llada", "strategy": "threshold"}, "strategy", Threshold(0.8)),
-    ({"recipe": "llada", "strategy": "random_order", "steps": 3, "set": ["strategy.steps=4"]}, "strategy",
+    ({"recipe": "llada", "strategy": "threshold"}, "strategy", Threshold(0.9)),
+    ({"recipe": "llada", "steps": 3, "set": ["strategy=random_order", "strategy.steps=4"]}, "strategy",
      RandomOrder(Quota(4))),
+    ({"strategy": "remasking", "threshold": 0.4}, "strategy", Remasking(recipes.dinfer().strategy, 0.4)),
     ({"recipe": "fast_dllm"}, "strategy", Threshold(0.9)),
-    ({"recipe": "fast_dllm", "smoothing": 0.2}, "strategy", Threshold(Linear(1.0, -0.02, minimum=0.9))),
-    ({"recipe": "fast_dllm", "smoothing": 0.2, "threshold": 0.7}, "strategy", Threshold(FALLING)),
     ({"cache": "none"}, "cache_policy", NoCache()),
     ({"cache": "prefix"}, "cache_policy", Prefix()),
-    ({"cache": "dual"}, "cache_policy", Dual()),
-    ({"cache": "vicinity"}, "cache_policy", WithWarmup(Vicinity(before=16, after=16), steps=4)),
-    ({"recipe": "llada", "cache": "vicinity"}, "cache_policy", Vicinity(before=16, after=16)),
+    ({"recipe": "fast_dllm", "cache": "prefix"}, "cache_policy", Prefix()),
+    ({"cache": "vicinity"}, "cache_policy", Vicinity()),
+    ({"cache": "vicinity", "set": ["cache_policy=with_warmup:steps=2"]}, "cache_policy", WithWarmup(Vicinity(), 2)),
     ({"smoothing": 0.0}, "smoothing", HardTokens()),
+    ({"recipe": "llada", "smoothing": 0.0}, "smoothing", HardTokens()),
     ({"smoothing": 0.2}, "smoothing", SoftTokens(Linear(0.15, 0.02, maximum=0.2))),
-    ({"recipe": "llada", "smoothing": 0.3}, "smoothing", SoftTokens(Linear(0.15, 0.02, maximum=0.3))),
-    ({"credit": True}, "transform", Credit(alpha=0.7, beta=0.8, gamma=0.2)),
-    ({"recipe": "dinfer_credit", "credit": True, "set": ["beta=0.5"]}, "transform", Credit(beta=0.5)),
-    ({"recipe": "dinfer_credit", "credit": False}, "transform", Identity()),
 ])
 def test_parts(flags: dict[str, Any], axis: str, expected: Any) -> None:
     assert getattr(build_recipe(RecipeFlags(**flags)), axis) == expected
@@ -364,15 +359,16 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--strategy", "greedy"], "--strategy: got 'greedy'; allowed factor, hierarchical, local_leap, quota"),
     (["--strategy", "local_lap"], "--strategy: got 'local_lap'; .*; did you mean local_leap"),
     (["--cache", "full"], "--cache: got 'full'; allowed none, block_causal, dual, "),
-    (["--strategy", "factor"], "--set strategy=factor:factor: got nothing; allowed a number; give it: --set strategy="),
-    (["--steps", "3"], "--steps: got 3 with strategy threshold; allowed with strategy quota"),
+    (["--strategy", "factor"], "--strategy: got nothing; allowed a number; give it: --set strategy=factor:factor="),
+    (["--steps", "3"], "--steps: got 3 with strategy threshold; allowed with a strategy that has steps"),
     (["--recipe", "llada", "--steps", "0"], "--steps: got 0; allowed an integer of at least 1"),
     (["--recipe", "llada", "--steps", "99999999999"], "--steps: got 99999999999"),
     (["--recipe", "llada", "--threshold", "0.5"], "--threshold: got 0.5 with strategy quota"),
-    (["--strategy", "quota", "--threshold", "0.5"], "--threshold: got 0.5 with strategy quota"),
-    (["--recipe", "llada", "--strategy", "threshold", "--threshold", "7"], "--threshold: got 7.0; allowed a finite"),
+    (["--strategy", "quota", "--threshold", "0.5"], "--set strategy=quota:threshold: got 'threshold'; allowed steps"),
+    (["--recipe", "llada", "--strategy", "threshold", "--threshold", "7"],
+     "--set strategy=threshold:threshold: got 7.0; allowed a finite"),
     (["--smoothing", "2"], "--smoothing: got 2.0"),
-    (["--recipe", "llada", "--smoothing", "2"], "--smoothing: got 2.0"),
+    (["--recipe", "llada", "--smoothing", "2"], "--smoothing: got '2.0'; allowed none, hard_tokens, soft_tokens"),
     (["--temperature", "-1"], "--temperature: got -1.0"),
     (["--temperature", "inf"], "--temperature: got inf"),
     (["--top-k", "0"], "--top-k: got 0; allowed an integer of at least 1"),

@@ -48,7 +48,7 @@ def test_a_recipe_of_ones_own(here: Path) -> None:
     assert build_recipe(RecipeFlags(recipe=f"{module}:value")) == recipes.llada()
     given = RecipeFlags(recipe=f"{module}:numbered", set=["cache=prefix", "sure=0.7", "strategy.threshold=0.6"])
     assert build_recipe(given) == recipes.fast_dllm(threshold=0.6, cache="prefix")
-    changed = RecipeFlags(recipe=f"{module}:mine", strategy="local-leap", cache="prefix", credit=True)
+    changed = RecipeFlags(recipe=f"{module}:mine", strategy="local-leap", cache="prefix", set=["transform=credit"])
     assert build_recipe(changed) == Parts(strategy=LocalLeap(), cache_policy=Prefix(), transform=Credit())
 
 
@@ -57,8 +57,6 @@ def test_a_recipe_of_ones_own(here: Path) -> None:
     (["--recipe", "no_such_module_here:f"], "--recipe: got 'no_such_module_here:f' (No module named"),
     (["--recipe", "own_recipes_of_a_test:wrong"], "--recipe: got 'own_recipes_of_a_test:wrong', which gives a int"),
     (["--recipe", ":"], "--recipe: got ':' ("),
-    (["--recipe", "own_recipes_of_a_test:mine", "--threshold", "0.5"],
-     "--threshold: got 0.5 with strategy threshold; allowed a parameter of the recipe's function; use --set strategy."),
     (["--recipe", "own_recipes_of_a_test:numbered"],
      "--set sure: got nothing; allowed a number; give it: --set sure=VALUE"),
     (["--recipe", "own_recipes_of_a_test:numbered", "--set", "blocks=x"],

@@ -96,8 +96,6 @@ def test_settings_are_applied_in_order_after_the_recipe_and_its_flags() -> None:
         Threshold(Linear(1.0, -0.02, minimum=0.6)), 0.4)
     assert built("strategy.radius=1", strategy="local_leap").strategy == LocalLeap(radius=1)
     assert built("threshold=0.5", threshold=0.6) == recipes.dinfer(threshold=0.5), "what is set stands above a flag"
-    assert built("threshold=0.5", recipe="fast_dllm", smoothing=0.2).strategy == Threshold(
-        Linear(1.0, -0.02, minimum=0.5))
 
 
 WRONG: list[tuple[str, str]] = [
@@ -110,7 +108,7 @@ WRONG: list[tuple[str, str]] = [
     ("strategy=", "--set strategy: got ''; allowed factor, hierarchical, "),
     ("strategy=credit", "--set strategy: got 'credit'; allowed factor, hierarchical, "),
     ("transform=credit_state", "--set transform: got 'credit_state'; allowed none, chain, credit, "),
-    ("strategy=quota", "--set strategy=quota:steps: got nothing; allowed an integer; give it: --set strategy=quota:st"),
+    ("strategy=factor", "--set strategy=factor:factor: got nothing; allowed a number; give it: --set strategy=factor:"),
     ("strategy=remasking", "--set strategy=remasking:threshold: got nothing; allowed a number; give it"),
     ("strategy=quota:3", "--set strategy: got '3'; allowed NAME=VALUE after the colon"),
     ("strategy=quota:stepz=3", "--set strategy=quota:stepz: got 'stepz'; allowed steps; did you mean steps?"),

@@ -23,8 +23,8 @@ class Hierarchical:
     be a schedule over the row's steps.
     """
 
-    high: float | Float[Array, ""] | Schedule
-    low: float | Float[Array, ""]
+    high: float | Float[Array, ""] | Schedule = 0.92
+    low: float | Float[Array, ""] = 0.62
 
     reopens: ClassVar[bool] = False
 

@@ -21,7 +21,8 @@ class Quota:
     is committed. `steps` (a leaf) at or above the block length means one token per step.
     """
 
-    steps: int | Int[Array, ""]
+    steps: int | Int[Array, ""] = 2**31 - 1
+    """More than a block has positions: one token a step."""
 
     reopens: ClassVar[bool] = False
 

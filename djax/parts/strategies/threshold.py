@@ -21,7 +21,7 @@ class Threshold:
     So the best one always goes. `threshold` is a number in [0, 1] or a schedule over the row's steps.
     """
 
-    threshold: float | Float[Array, ""] | Schedule
+    threshold: float | Float[Array, ""] | Schedule = 0.9
 
     reopens: ClassVar[bool] = False
 
