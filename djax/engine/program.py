@@ -182,13 +182,12 @@ class Program:
         """Of a tree whose arrays have a row for each of the batch; its scalars are whole."""
         return jax.tree.map(lambda leaf: P(self.row_axes or None) if jnp.ndim(leaf) else P(), tree)
 
-    def _state_specs(self) -> DenoiseState:
-        row, cache = P(self.row_axes or None), P(self.row_axes or None, None, self.parallel.heads or None)
-        return DenoiseState(
-            tokens=row, is_masked=row, inputs=row, cache=cache, transform=row, strategy=row,  # type: ignore[arg-type]
-            row_keys=row, block=P(), blocks_entered=P(), step_in_block=P(), iterations=P(),  # type: ignore[arg-type]
-            step=row, nfe=row, refreshes=row, commit_step=row, log_prob=row, done=row,  # type: ignore[arg-type]
-            stop_reason=row)  # type: ignore[arg-type]
+    def _state_specs(self) -> Specs:
+        """As the fields of `DenoiseState` say."""
+        over = {"batch": self.row_axes or None, "heads": self.parallel.heads or None, None: None}
+        specs: dict[str, Any] = {field.name: P(*(over[axis] for axis in field.metadata["axes"]))
+                                 for field in dataclasses.fields(DenoiseState)}
+        return DenoiseState(**specs)
 
     def _on_mesh(self, function: Callable[..., Any], in_specs: Specs, out_specs: Specs) -> Callable[..., Any]:
         if not self._spmd:
