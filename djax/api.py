@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -33,8 +33,10 @@ from djax.errors import ArgumentError, check_choice, check_integer, shown
 from djax.loop.state import Parts
 from djax.models import Guided, Kernels, ModelDenoiser, build, kernels_on
 from djax.models.config import DTYPES, ModelConfig
-from djax.plan.memory import MemoryEstimate, estimate_memory
 from djax.recipes import Recipe
+
+if TYPE_CHECKING:
+    from djax.plan.memory import DeviceMemory
 
 
 @without_mesh()
@@ -402,14 +404,15 @@ class DiffusionLM:
 
     def memory_estimate(
         self, batch: int, canvas_length: int, *, recipe: Recipe | None = None, block_length: int | None = None
-    ) -> MemoryEstimate:
-        """Bytes that a generation on one device needs, from the shapes alone: nothing is compiled.
+    ) -> DeviceMemory:
+        """Bytes that a generation on one GPU needs, from the shapes alone: nothing is compiled.
 
-        What each device of a mesh needs is `djax.plan.plan`'s to say.
+        What each device of a mesh or a TPU needs is `djax.plan.plan`'s to say.
         """
-        return estimate_memory(
-            self.config, batch=batch, canvas_length=canvas_length, parameter_bytes=_nbytes(self.params),
-            **self._defaults(recipe, block_length))
+        from djax.plan.memory import estimate_device_memory
+
+        return estimate_device_memory(self.config, batch=batch, canvas_length=canvas_length, parameter_bytes=sum(
+            leaf.nbytes for leaf in jax.tree.leaves(self.params)), **self._defaults(recipe, block_length))
 
     def _defaults(self, recipe: Recipe | None, block_length: int | None, *, gaps: bool = False) -> dict[str, Any]:
         """Recipe and block length of a call, where it says nothing those of the model."""
@@ -496,7 +499,3 @@ def _dtype_name(dtype: Any) -> str | None:
         except TypeError:
             raise ArgumentError("dtype", shown(dtype), allowed=", ".join(DTYPES)) from None
     return str(check_choice("dtype", dtype, DTYPES))
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

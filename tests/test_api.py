@@ -17,6 +17,7 @@ import pytest
 import djax
 from djax import recipes
 from djax.contracts.canvas import bucket_size
+from djax.errors import ArgumentError
 from djax.parts.transforms import ForbidTokens
 from tests.conftest import EIGHT_DEVICES
 
@@ -294,22 +295,19 @@ def test_memory_is_estimated_before_compiling(bundled):
     keys = 2 * config.num_layers * 64 * config.num_kv_heads * config.head_dim * 4
     assert (small.cache, large.cache) == (keys, 8 * keys)
     assert bundled.memory_estimate(1, 64, recipe=recipes.llada(), block_length=8).cache == 0
-    assert large.total == large.parameters + large.cache + large.inputs + large.logits + large.activations
+    for wrong in ({"batch": 0}, {"canvas_length": 0}, {"block_length": 65}):
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            bundled.memory_estimate(**({"batch": 1, "canvas_length": 64, "block_length": 8} | wrong))
+    assert large.total == large.parameters + large.cache + large.other + large.temporaries
 
 
-@pytest.mark.slow
-def test_memory_estimate_against_the_compiler(bundled):
-    """The estimate has to be of the compiler's size: a user plans a batch with it."""
-    from djax.engine.options import CallOptions
+def test_memory_is_estimated_as_a_plan_does(bundled):
+    """One answer to one question; tests/test_plan.py compares it with the compilers'."""
+    from djax.plan import plan
 
-    options = CallOptions(recipe=DUAL, block_length=64, temperature=0.0, top_k=None, top_p=None, min_p=None,
-                          guidance=None, mask_id=None, eos_id=None, stop_on_eos=True)
-    canvas, parts, _ = bundled._prepare([[1] * 192] * 8, options, max_new_tokens=320, align=False)
-    arguments = bundled._arguments(canvas, parts, guidance=None, key=0, row_ids=None)
-    compiled = bundled.program.denoise.lower(*arguments).compile().memory_analysis()
-    estimate = bundled.memory_estimate(8, canvas.length, recipe=DUAL, block_length=64)
-    measured = compiled.temp_size_in_bytes + estimate.parameters
-    assert 0.5 * measured < estimate.total < 2.0 * measured, (estimate, measured)
+    planned = plan(bundled.config, topology="h200:1", batch=8, prompt_length=192, max_new_tokens=320, block_length=64,
+                   recipe=DUAL, compiled=False)
+    assert bundled.memory_estimate(8, planned.canvas_length, recipe=DUAL, block_length=64) == planned.estimate
 
 
 def test_bucket_sizes():

@@ -131,10 +131,8 @@ class Request:
         split, parameter_bytes = split_parameters(config, sizes)
         batch = -(-canvas.batch // split.batch) * split.batch
         memory = estimate_device_memory(
-            config, batch=batch, canvas_length=canvas.length, recipe=self.recipe, split=split,
-            parameter_bytes=parameter_bytes, vector_memory_bytes=self.machine.vector_memory_bytes,
-            cached=self.recipe.cache_policy.window_length(canvas.length, canvas.first_block, canvas.block_length)
-            is not None)
+            config, batch=batch, canvas_length=canvas.length, block_length=canvas.block_length, recipe=self.recipe,
+            parameter_bytes=parameter_bytes, split=split, vector_memory_bytes=self.machine.vector_memory_bytes)
         soft = self.recipe.smoothing.soft
         widths = {"refresh": canvas.length} | ({} if self.window is None else {"window": self.window})
         steps = {
