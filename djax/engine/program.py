@@ -30,7 +30,7 @@ from djax.contracts.types import Denoiser, Params
 from djax.devices.distributed import spans_processes
 from djax.devices.sharding import Rules, check_rules, mesh_axes, rules_for, shardings
 from djax.engine.interrupts import Hold, Pace
-from djax.loop.denoise import advance, begin, denoise, unfinished
+from djax.loop.denoise import advance, begin, denoise, finish, unfinished
 from djax.loop.state import DenoiseState, Parts, Progress, Result
 from djax.models import Kernels, ModelDenoiser, Parallel, abstract_params, build, logical_axes, parallel_on
 from djax.models.config import ModelConfig
@@ -61,7 +61,7 @@ class Program:
         """
         if mesh is None and rules is not None:
             raise ValueError("rules: got some without a mesh; give mesh=, or leave rules out")
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.kernels = config, mesh, kernels
         abstract, axes = abstract_params(config), logical_axes(config)
         if mesh is not None:
             rules = rules_for(axes, abstract, mesh) if rules is None else rules
@@ -245,8 +245,8 @@ class Program:
         ) -> tuple[DenoiseState, Progress, Array]:
             canvas = self._own(canvas)
             state = advance(denoiser, params, canvas, state, parts=parts, steps=steps, before_block=before_block)
-            shown = Progress(**{name: jnp.copy(getattr(state, name)) for name in Progress._fields})
-            return state, self._whole(shown), unfinished(canvas, state)
+            shown = Progress(finish(canvas, state, parts=parts), state.done, state.block, state.iterations)
+            return state, self._whole(jax.tree.map(jnp.copy, shown)), unfinished(canvas, state)
 
         denoiser_spec, params_spec, canvas_spec, *_ = self._argument_specs(denoiser, params, canvas)
         specs = (denoiser_spec, params_spec, canvas_spec, self._state_specs(), P(), P(), P())

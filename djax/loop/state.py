@@ -121,14 +121,8 @@ class Result:
 class Progress(NamedTuple):
     """What the host sees of a state between two stretches: whole on every device, and the state's own no longer."""
 
-    tokens: Int[Array, "B T"]
-    is_masked: Bool[Array, "B T"]
+    result: Result
+    """Of a state that may not be finished."""
     done: Bool[Array, " B"]
-    nfe: Int[Array, " B"]
     block: Int[Array, ""]
     iterations: Int[Array, ""]
-    step: Int[Array, " B"]
-    refreshes: Int[Array, " B"]
-    commit_step: Int[Array, "B T"]
-    log_prob: Float[Array, "B T"]
-    stop_reason: Int[Array, " B"]
