@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from djax.contracts import struct, types
     from djax.contracts.canvas import Canvas
     from djax.devices import distributed, sharding
-    from djax.engine.results import Generation, StreamStep
+    from djax.engine.options import Sampling
+    from djax.engine.results import Generation
+    from djax.engine.streaming import StreamStep
     from djax.loop.denoise import denoise
     from djax.loop.state import Parts, Result, StopReason
     from djax.models.kernels import Kernels
@@ -41,6 +43,7 @@ __all__ = [
     "Kernels",
     "Parts",
     "Result",
+    "Sampling",
     "StopReason",
     "StreamStep",
     "cache_policies",
@@ -63,7 +66,8 @@ __all__ = [
 
 _HOME = {
     "Canvas": "contracts.canvas", "DiffusionLM": "api", "Generation": "engine.results", "Kernels": "models.kernels",
-    "Parts": "loop.state", "Result": "loop.state", "StopReason": "loop.state", "StreamStep": "engine.results",
+    "Parts": "loop.state", "Result": "loop.state", "Sampling": "engine.options",
+    "StopReason": "loop.state", "StreamStep": "engine.streaming",
     "denoise": "loop.denoise", "load": "api"}
 _ROOM = {
     "cache_policies": "parts", "proposals": "parts", "schedules": "parts", "smoothing": "parts", "stopping": "parts",

@@ -138,6 +138,12 @@ def test_importing_djax_is_light():
     assert done.stdout.strip() == "[]"
 
 
+def test_the_api_loads_no_data_sheets():
+    code = "import sys, djax.api, djax.rl; print([m for m in sys.modules if m.startswith('djax.plan')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_public_functions_are_typed_and_nothing_asserts(path):
     for node in ast.walk(ast.parse(path.read_text())):

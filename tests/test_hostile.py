@@ -14,12 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from djax import api, cache_policies, proposals, recipes, rl, schedules, stopping, strategies, transforms
-from djax.api import _dtype_name
 from djax.cli import train as cli_train
 from djax.cli.app import app
 from djax.cli.flags import RecipeFlags
 from djax.cli.recipe import build_recipe
-from djax.engine.options import CallOptions, resolve_ids
+from djax.engine.options import Sampling, dtype_name, resolve_ids
 from djax.errors import ArgumentError
 from djax.recipes import RECIPES
 
@@ -78,7 +77,7 @@ WRONG_PARTS: list[tuple[Any, dict[str, Any]]] = [
     (recipes.fast_dllm, {"threshold": 7}), (recipes.fast_dllm, {"factor": NAN}), (recipes.fast_dllm, {"cache": "x"}),
     (recipes.dinfer_credit, {"alpha": NAN}), (recipes.dinfer_hierarchical, {"high": 2.0}),
     (recipes.dinfer_hierarchical, {"low": 0.99}), (recipes.llada2, {"threshold": NAN}),
-    (_dtype_name, {"dtype": "int8"}), (_dtype_name, {"dtype": np.int32}), (_dtype_name, {"dtype": 3})]
+    (dtype_name, {"dtype": "int8"}), (dtype_name, {"dtype": np.int32}), (dtype_name, {"dtype": 3})]
 
 
 @pytest.mark.parametrize(("make", "numbers"), WRONG_PARTS, ids=lambda value: getattr(value, "__name__", str(value)))
@@ -99,22 +98,16 @@ def test_parts_around_others_check_their_own_numbers(make: Any, name: str) -> No
     assert error.value.name == name
 
 
-def options(**changes: Any) -> CallOptions:
-    return CallOptions(**{
-        "recipe": recipes.llada(), "block_length": 8, "temperature": 0.0, "top_k": None, "top_p": None, "min_p": None,
-        "guidance": None, "mask_id": 150, "eos_id": None, "stop_on_eos": True, **changes})
-
-
 def test_numbers_of_any_library_are_taken(golden_lm: Any) -> None:
     for half in (jnp.float32(0.5), np.float64(0.5), jnp.bfloat16(0.5), np.asarray(0.5)):
-        assert options(temperature=half, top_p=half, min_p=half, guidance=half).temperature == 0.5
+        assert Sampling(temperature=half, top_p=half, min_p=half, guidance=half).temperature == 0.5
     for four in (jnp.int32(4), np.int64(4), np.asarray(4)):
-        assert options(top_k=four, block_length=four).top_k == 4
+        assert Sampling(top_k=four, block_length=four).top_k == 4
     for ids in (jnp.asarray([3, 4]), np.asarray([3, 4]), [3, 4], (jnp.int32(3), np.int64(4))):
-        assert resolve_ids(options(eos_id=ids), golden_lm.config)[1] == (3, 4)
-    assert resolve_ids(options(eos_id=jnp.int32(3), mask_id=jnp.int32(5)), golden_lm.config) == (5, (3,))
+        assert resolve_ids(Sampling(eos_id=ids, mask_id=150), golden_lm.config)[1] == (3, 4)
+    assert resolve_ids(Sampling(eos_id=jnp.int32(3), mask_id=jnp.int32(5)), golden_lm.config) == (5, (3,))
     for dtype in (jnp.bfloat16, np.float32, np.dtype("float16"), "bfloat16"):
-        assert _dtype_name(dtype) in ("bfloat16", "float32", "float16")
+        assert dtype_name(dtype) in ("bfloat16", "float32", "float16")
     strategies.Threshold(jnp.asarray([0.1, 0.9]))
     strategies.Quota(jnp.int32(3))
 

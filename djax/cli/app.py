@@ -35,7 +35,7 @@ from djax.models.config import DTYPES
 
 if TYPE_CHECKING:
     from djax.api import DiffusionLM
-    from djax.engine.results import StreamStep
+    from djax.engine.streaming import StreamStep
 
 _IN_RANGE = "give one in that range"
 

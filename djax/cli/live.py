@@ -13,7 +13,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from djax.engine.results import StreamStep, tokens_per_forward, tokens_per_second
+from djax.engine.results import tokens_per_forward, tokens_per_second
+from djax.engine.streaming import StreamStep
 from djax.engine.tokenizer import Tokenizer
 
 FINAL, DRAFT, NEW, MASKED, STATUS = "", "cyan", "bold black on green", "dim", "dim"

@@ -16,9 +16,12 @@ import numpy as np
 T = TypeVar("T")
 
 
-def field(*, pytree_node: bool = True, **options: Any) -> Any:
-    """A dataclass field; with `pytree_node=False` it is static: part of the tree structure, not a leaf."""
-    return dataclasses.field(metadata={"pytree_node": pytree_node}, **options)
+def field(*, pytree_node: bool = True, axes: tuple[str | None, ...] | None = None, **options: Any) -> Any:
+    """A dataclass field; with `pytree_node=False` it is static: part of the tree structure, not a leaf.
+
+    `axes` are the logical axes (`djax.devices.sharding`) over which its arrays' first axes are split on a mesh.
+    """
+    return dataclasses.field(metadata={"pytree_node": pytree_node, "axes": axes}, **options)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))

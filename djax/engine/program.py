@@ -10,7 +10,7 @@ ambient one is never read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,13 +30,17 @@ from djax.contracts.types import Denoiser, Params
 from djax.devices.distributed import spans_processes
 from djax.devices.sharding import Rules, check_rules, mesh_axes, rules_for, shardings
 from djax.engine.interrupts import Hold, Pace
-from djax.loop.denoise import advance, begin, denoise, unfinished
+from djax.loop.denoise import advance, begin, denoise, finish, unfinished
 from djax.loop.state import DenoiseState, Parts, Progress, Result
 from djax.models import Kernels, ModelDenoiser, Parallel, abstract_params, build, logical_axes, parallel_on
 from djax.models.config import ModelConfig
 
 Specs = Any
 """A tree of PartitionSpecs, or the beginning of one."""
+_BY_ROWS = None
+"""In the place of specs: every array has a row for each of the batch, and scalars are whole (`Program._row_specs`)."""
+_BEGINNING = (_BY_ROWS, P(), P(), _BY_ROWS)
+"""Canvas, key, parts, row ids."""
 
 
 class Program:
@@ -61,7 +65,7 @@ class Program:
         """
         if mesh is None and rules is not None:
             raise ValueError("rules: got some without a mesh; give mesh=, or leave rules out")
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.kernels = config, mesh, kernels
         abstract, axes = abstract_params(config), logical_axes(config)
         if mesh is not None:
             rules = rules_for(axes, abstract, mesh) if rules is None else rules
@@ -83,22 +87,23 @@ class Program:
         if mesh is not None and alone:
             self.parallel = dataclasses.replace(self.parallel, alone=tuple(mesh.shape.items()))
             self.mesh, self.row_axes = None, ()
-        self._spmd = self.mesh is not None
         self.denoiser = ModelDenoiser(nnx.split(build(config, kernels=kernels, parallel=self.parallel))[0])
         """The model as it runs on each device: not for use outside of this program where there is a mesh."""
         self.compile_count = 0
         self._hold = Hold()
         self._paces: dict[Hashable, Pace] = {}
-        self.denoise = self._jit(self._denoise)
+        whole, state = P(), self._state_specs()
+        self.denoise = self._jit(self._denoise, _BEGINNING, whole)
         """(denoiser, params, canvas, key, parts, row ids) to a `Result`, whole on every device: the loop to its end,
         where the host needs no control in between (plans, comparisons)."""
         # an unused argument would not say which device the state is bound to: `advance` would be compiled twice
-        self.begin = self._jit(self._begin, keep_unused=True)
+        self.begin = self._jit(self._begin, _BEGINNING, (state, whole), keep_unused=True)
         """The same arguments to the state before the first step, and whether anything is to be done."""
-        self.advance = self._jit(self._advance, donate_argnums=3)
+        self.advance = self._jit(
+            self._advance, (_BY_ROWS, state, whole, whole, whole), (state, whole, whole), donate_argnums=3)
         """(denoiser, params, canvas, state, parts, steps, before_block) to the state, its `Progress`, and whether work
         is left. The state that it gets is gone: no cache is copied."""
-        self.logits = self._jit(self._logits)
+        self.logits = self._jit(self._logits, (_BY_ROWS,) * 3, whole)
         """(denoiser, params, tokens, valid, positions) to float32 logits [B, T, V]."""
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -159,7 +164,7 @@ class Program:
         """The arguments of `denoise` as shapes with shardings, for `lower`: for devices that are not here."""
         if self.mesh is None:
             return denoiser, params, canvas, key, parts, rows
-        mesh, specs = self.mesh, self._argument_specs(denoiser, params, canvas)
+        mesh, arguments = self.mesh, (denoiser, params, canvas, key, parts, rows)
 
         def shaped(leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
             array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
@@ -168,41 +173,33 @@ class Program:
         return tuple(
             jax.tree.map(partial(shaped, spec=spec), argument) if isinstance(spec, P)
             else jax.tree.map(shaped, argument, spec)
-            for argument, spec in zip((denoiser, params, canvas, key, parts, rows), specs, strict=True))
+            for argument, spec in zip(arguments, self._in_specs(_BEGINNING, *arguments), strict=True))
 
-    def _argument_specs(self, denoiser: Denoiser, params: Params, canvas: Canvas | None) -> tuple[Specs, ...]:
-        """Of denoiser, params, canvas, key, parts, row ids."""
-        if not self._spmd:
-            return (P(),) * 6
+    def _in_specs(self, kinds: Sequence[Specs], denoiser: Denoiser, params: Params, *rest: Any) -> tuple[Specs, ...]:
+        """Of a program's arguments; `kinds` are those of the rest."""
         params_spec = jax.tree.unflatten(
             jax.tree.structure(params), [sharding.spec for sharding in jax.tree.leaves(self.param_shardings)])
-        return self._row_specs(denoiser), params_spec, self._row_specs(canvas), P(), P(), P(self.row_axes or None)
+        return self._row_specs(denoiser), params_spec, *(
+            self._row_specs(tree) if kind is _BY_ROWS else kind for kind, tree in zip(kinds, rest, strict=True))
 
     def _row_specs(self, tree: Any) -> Specs:
         """Of a tree whose arrays have a row for each of the batch; its scalars are whole."""
         return jax.tree.map(lambda leaf: P(self.row_axes or None) if jnp.ndim(leaf) else P(), tree)
 
-    def _state_specs(self) -> DenoiseState:
-        row, cache = P(self.row_axes or None), P(self.row_axes or None, None, self.parallel.heads or None)
-        return DenoiseState(
-            tokens=row, is_masked=row, inputs=row, cache=cache, transform=row, strategy=row,  # type: ignore[arg-type]
-            row_keys=row, block=P(), blocks_entered=P(), step_in_block=P(), iterations=P(),  # type: ignore[arg-type]
-            step=row, nfe=row, refreshes=row, commit_step=row, log_prob=row, done=row,  # type: ignore[arg-type]
-            stop_reason=row)  # type: ignore[arg-type]
-
-    def _on_mesh(self, function: Callable[..., Any], in_specs: Specs, out_specs: Specs) -> Callable[..., Any]:
-        if not self._spmd:
-            return function
-        # Pallas kernels have no rule for what varies over which axis
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    def _state_specs(self) -> Specs:
+        """As the fields of `DenoiseState` say."""
+        over = {"batch": self.row_axes or None, "heads": self.parallel.heads or None, None: None}
+        specs: dict[str, Any] = {field.name: P(*(over[axis] for axis in field.metadata["axes"]))
+                                 for field in dataclasses.fields(DenoiseState)}
+        return DenoiseState(**specs)
 
     def _own(self, canvas: Canvas) -> Canvas:
         """One device's canvas."""
-        return dataclasses.replace(canvas, row_axes=self.row_axes if self._spmd else ())
+        return dataclasses.replace(canvas, row_axes=self.row_axes)
 
     def _whole(self, tree: Any) -> Any:
         """All devices' rows."""
-        if not self._spmd or not self.row_axes:
+        if not self.row_axes:
             return tree
         return jax.tree.map(
             lambda leaf: lax.all_gather(leaf, self.row_axes, axis=0, tiled=True) if leaf.ndim else leaf, tree)
@@ -211,71 +208,51 @@ class Program:
         self, denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], parts: Parts,
         rows: Int[Array, " B"],
     ) -> Result:
-        def run(
-            denoiser: Denoiser, params: Params, canvas: Canvas, key: Array, parts: Parts, rows: Array
-        ) -> Result:
-            axes = {axis: getattr(parts, axis) for axis in AXES}
-            return self._whole(denoise(denoiser, params, self._own(canvas), key, row_ids=rows, **axes))
-
-        specs = self._argument_specs(denoiser, params, canvas)
-        return self._on_mesh(run, specs, P())(denoiser, params, canvas, key, parts, rows)
+        axes = {axis: getattr(parts, axis) for axis in AXES}
+        return self._whole(denoise(denoiser, params, self._own(canvas), key, row_ids=rows, **axes))
 
     def _begin(
         self, denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], parts: Parts,
         rows: Int[Array, " B"],
     ) -> tuple[DenoiseState, Bool[Array, ""]]:
-        def run(
-            denoiser: Denoiser, params: Params, canvas: Canvas, key: Array, parts: Parts, rows: Array
-        ) -> tuple[DenoiseState, Array]:
-            canvas = self._own(canvas)
-            state = begin(denoiser, params, canvas, key, parts=parts, row_ids=rows)
-            # JAX hands an argument that comes out unchanged on as it is: the caller's canvas would be donated
-            state = dataclasses.replace(state, tokens=jnp.copy(state.tokens), is_masked=jnp.copy(state.is_masked))
-            return state, unfinished(canvas, state)
-
-        specs = self._argument_specs(denoiser, params, canvas)
-        return self._on_mesh(run, specs, (self._state_specs(), P()))(denoiser, params, canvas, key, parts, rows)
+        canvas = self._own(canvas)
+        state = begin(denoiser, params, canvas, key, parts=parts, row_ids=rows)
+        # JAX hands an argument that comes out unchanged on as it is: the caller's canvas would be donated
+        state = dataclasses.replace(state, tokens=jnp.copy(state.tokens), is_masked=jnp.copy(state.is_masked))
+        return state, unfinished(canvas, state)
 
     def _advance(
         self, denoiser: Denoiser, params: Params, canvas: Canvas, state: DenoiseState, parts: Parts,
         steps: Int[Array, ""], before_block: Int[Array, ""],
     ) -> tuple[DenoiseState, Progress, Bool[Array, ""]]:
-        def run(
-            denoiser: Denoiser, params: Params, canvas: Canvas, state: DenoiseState, parts: Parts, steps: Array,
-            before_block: Array,
-        ) -> tuple[DenoiseState, Progress, Array]:
-            canvas = self._own(canvas)
-            state = advance(denoiser, params, canvas, state, parts=parts, steps=steps, before_block=before_block)
-            shown = Progress(**{name: jnp.copy(getattr(state, name)) for name in Progress._fields})
-            return state, self._whole(shown), unfinished(canvas, state)
-
-        denoiser_spec, params_spec, canvas_spec, *_ = self._argument_specs(denoiser, params, canvas)
-        specs = (denoiser_spec, params_spec, canvas_spec, self._state_specs(), P(), P(), P())
-        return self._on_mesh(run, specs, (self._state_specs(), P(), P()))(
-            denoiser, params, canvas, state, parts, steps, before_block)
+        canvas = self._own(canvas)
+        state = advance(denoiser, params, canvas, state, parts=parts, steps=steps, before_block=before_block)
+        shown = Progress(finish(canvas, state, parts=parts), state.done, state.block, state.iterations)
+        return state, self._whole(jax.tree.map(jnp.copy, shown)), unfinished(canvas, state)
 
     def _logits(
         self, denoiser: Denoiser, params: Params, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"],
         positions: Int[Array, "B T"],
     ) -> Float[Array, "B T V"]:
-        def run(denoiser: Denoiser, params: Params, tokens: Array, valid: Array, positions: Array) -> Array:
-            hidden, _ = denoiser.apply(
-                params, denoiser.embed(params, tokens), positions=denoiser.place(params, positions), key_mask=valid,
-                window_start=jnp.int32(0), write=valid, cache=None)
-            return self._whole(denoiser.unembed(params, hidden))
+        hidden, _ = denoiser.apply(
+            params, denoiser.embed(params, tokens), positions=denoiser.place(params, positions), key_mask=valid,
+            window_start=jnp.int32(0), write=valid, cache=None)
+        logits: Array = self._whole(denoiser.unembed(params, hidden))
+        return logits
 
-        row = P(self.row_axes or None)
-        denoiser_spec, params_spec = self._argument_specs(denoiser, params, None)[:2]
-        return self._on_mesh(run, (denoiser_spec, params_spec, row, row, row), P())(
-            denoiser, params, tokens, valid, positions)
+    def _jit(self, function: Callable[..., Any], kinds: Sequence[Specs], out_specs: Specs, **options: Any) -> Any:
+        """`jax.jit` of a function of one device, over the mesh; `kinds` as in `_in_specs`.
 
-    def _jit(self, function: Callable[..., Any], **options: Any) -> Any:
-        """`jax.jit` that counts its compilations: a trace happens exactly once for each."""
-
+        It counts its compilations: a trace happens exactly once for each.
+        """
         def traced(*arguments: Any) -> Any:
             self.compile_count += 1
             self._hold.begin()
-            return function(*arguments)
+            if self.mesh is None:
+                return function(*arguments)
+            # Pallas kernels have no rule for what varies over which axis
+            return jax.shard_map(function, mesh=self.mesh, in_specs=self._in_specs(kinds, *arguments),
+                                 out_specs=out_specs, check_vma=False)(*arguments)
 
         return jax.jit(traced, **options)
 

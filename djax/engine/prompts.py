@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from djax.devices.distributed import share, spans_processes
+from djax.engine.program import Program
 from djax.engine.tokenizer import Tokenizer
 from djax.errors import ArgumentError, shown
 
@@ -39,45 +39,54 @@ def encode_prompts(
 
 
 def shared_prompts(
-    prompts: Prompt | Sequence[Prompt] | None, *, tokenizer: Tokenizer | None, vocab_size: int, mesh: Mesh | None,
+    prompts: Prompt | Sequence[Prompt] | None, *, tokenizer: Tokenizer | None, program: Program,
     call: Mapping[str, Any], allow_special_tokens: bool = False,
 ) -> list[list[int]]:
     """`encode_prompts`, of a mesh whose processes have them all or one of them: the others give None.
 
-    `call` are the call's other arguments, which must be the same on all.
+    `call` are the call's other arguments, which must be the same on all, and so must program and tokenizer.
 
     Raises:
         ValueError: as `encode_prompts` and `djax.distributed.share`, on every process.
     """
     def encode() -> list[list[int]]:
-        return encode_prompts(prompts, tokenizer=tokenizer, vocab_size=vocab_size,  # type: ignore[arg-type]
+        return encode_prompts(prompts, tokenizer=tokenizer, vocab_size=program.config.vocab_size,  # type: ignore[arg-type]
                               allow_special_tokens=allow_special_tokens)
 
-    if mesh is None or not spans_processes(mesh):
-        return encode()
-    return share(lambda: None if prompts is None else encode(), devices=mesh.devices.flat, name="prompts", same=call)
+    shared: list[list[int]] = _shared("prompts", prompts, encode, program, tokenizer, {
+        **call, "allow_special_tokens": allow_special_tokens})
+    return shared
 
 
 def shared_masked(
     token_ids: Sequence[Sequence[int]] | Sequence[int] | None, mask: Sequence[Sequence[bool]] | Sequence[bool] | None,
-    *, vocab_size: int, mesh: Mesh | None, call: Mapping[str, Any],
+    *, tokenizer: Tokenizer | None, program: Program, call: Mapping[str, Any],
 ) -> tuple[list[list[int]], Sequence[Any]]:
     """Rows to fill in and their masks, by the rules of `shared_prompts`."""
     def encode() -> tuple[list[list[int]], Sequence[Any]]:
         if token_ids is None:
             raise ArgumentError("token_ids", "None", allowed="one or several lists of token ids")
         host_mask = jax.device_get(mask) if isinstance(mask, jax.Array) else mask
-        rows = encode_prompts(token_ids, tokenizer=None, vocab_size=vocab_size)
+        rows = encode_prompts(token_ids, tokenizer=None, vocab_size=program.config.vocab_size)
         if host_mask is None:
             raise ArgumentError("mask", "None", allowed="one for each row of token_ids")
         many = len(host_mask) > 0 and isinstance(host_mask[0], Sequence | np.ndarray | jax.Array)
         return rows, host_mask if many else [host_mask]
 
+    rows, masks = _shared("token_ids", token_ids, encode, program, tokenizer, call)
+    return rows, masks
+
+
+def _shared(
+    name: str, value: Any, encode: Callable[[], Any], program: Program, tokenizer: Tokenizer | None,
+    call: Mapping[str, Any],
+) -> Any:
+    mesh = program.mesh
     if mesh is None or not spans_processes(mesh):
         return encode()
-    rows, masks = share(
-        lambda: None if token_ids is None else encode(), devices=mesh.devices.flat, name="token_ids", same=call)
-    return rows, masks
+    same = {**call, "mesh": repr(mesh), "rules": dict(program.rules), "config": repr(program.config),
+            "kernels": repr(program.kernels), "tokenizer": None if tokenizer is None else tokenizer.size}
+    return share(lambda: None if value is None else encode(), devices=mesh.devices.flat, name=name, same=same)
 
 
 def check_ids(ids: Any, *, name: str, vocab_size: int) -> list[int]:

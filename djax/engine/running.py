@@ -3,61 +3,107 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
 
+from djax.contracts import answers
 from djax.contracts.ambient import without_mesh
 from djax.contracts.canvas import Canvas
+from djax.contracts.keys import as_key
 from djax.contracts.types import Denoiser, Params
 from djax.devices.distributed import with_peers
 from djax.engine.interrupts import check, wait
 from djax.engine.program import Program
-from djax.engine.results import Generation, Watch, to_generation
-from djax.engine.tokenizer import Tokenizer
 from djax.engine.weights import check_alive
-from djax.loop.state import Parts, Progress, stop_reasons
+from djax.loop.state import Parts, Progress
+from djax.models import Guided
+
+
+def arguments(
+    program: Program, params: Params, canvas: Canvas, parts: Parts, *, guidance: float | None = None,
+    key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None,
+) -> tuple[Denoiser, Params, Canvas, Key[Array, ""], Parts, Int[Array, " B"]]:
+    """What the jitted functions of a program take, placed on its devices: these may need more rows than `canvas` has.
+
+    Args:
+        program: of the model.
+        params: its weights, where the program wants them.
+        canvas: the same on every process of the mesh.
+        parts: likewise.
+        guidance: scale of classifier-free guidance; None is off.
+        key: seed or random key.
+        row_ids: identity of each row for the key; None is 0, 1, 2, ...
+
+    Raises:
+        ValueError: not one row id for each row, a cache policy that is not for this model or canvas, or weights that
+            are gone.
+    """
+    config = program.config
+    answers.check_model(parts.cache_policy, architecture=config.architecture, model_block_length=config.block_length,
+                        block_length=canvas.block_length, gaps=False)
+    ids = np.arange(canvas.batch) if row_ids is None else np.asarray(row_ids)
+    if ids.shape != (canvas.batch,):
+        raise ValueError(f"row_ids: got {ids.size} ids; allowed one for each of the {canvas.batch} prompts")
+    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31:
+        raise ValueError(f"row_ids: got {row_ids!r}; allowed integers from 0 to {2**31 - 1}")
+    padded = program.pad_rows(canvas)
+    row_numbers: Any = np.concatenate([ids, np.zeros(padded.batch - canvas.batch, ids.dtype)]).astype(np.int32)
+    denoiser: Denoiser = program.denoiser
+    if guidance is not None:
+        denoiser = Guided(denoiser, scale=jax.device_put(np.float32(guidance)), mask_id=padded.mask_id,
+                          unconditional=padded.valid & ~padded.is_masked)
+    random_key = as_key(key)
+    denoiser, padded, row_numbers = program.place_rows((denoiser, padded, row_numbers))
+    random_key, parts = program.place((random_key, parts))
+    return denoiser, check_alive(params), padded, random_key, parts, row_numbers
 
 
 class Run:
-    """A generation on its way; the arguments are those of `Program.begin`, placed."""
+    """A generation on its way; it is begun as `arguments` says."""
 
     def __init__(
-        self, program: Program, denoiser: Denoiser, params: Params, canvas: Canvas, key: Key[Array, ""], parts: Parts,
-        rows: Int[Array, " B"],
+        self, program: Program, params: Params, canvas: Canvas, parts: Parts, *, guidance: float | None = None,
+        key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None,
     ) -> None:
-        self._program, self._denoiser, self._params, self._canvas, self._parts = (
-            program, denoiser, check_alive(params), canvas, parts)
-        self._pace = program.pace(canvas, parts)
+        placed = arguments(program, params, canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
+        self._program, self._rows = program, canvas.batch
+        self._denoiser, self._params, self._canvas, _, self._parts, _ = placed
+        self._pace = program.pace(self._canvas, self._parts)
         self._iterations = 0
         check()
         with with_peers(program.mesh), without_mesh():
-            self._state, self._left = program.run(program.begin, denoiser, params, canvas, key, parts, rows)
+            self._state, self._left = program.run(program.begin, *placed)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Of the program."""
+        return self._program.mesh
 
     @property
     def left(self) -> bool:
         """Whether anything is left to decode."""
-        with with_peers(self._program.mesh):
+        with with_peers(self.mesh):
             return bool(jax.device_get(self._left))
 
-    def generation(
-        self, canvas: Canvas, *, eos_ids: Sequence[int], tokenizer: Tokenizer | None, watch: Watch | None,
-        limit: int | None = None,
-    ) -> Generation:
-        """Go on to the end; `canvas` is the caller's, whose rows come back. `limit` as in `to_generation`."""
+    def finish(self, watch: Callable[[Progress], None] | None = None) -> Progress:
+        """Go on to the end: what `fetch` gives then. `watch` is called with it after every stretch but the last."""
         while True:
             shown = self.advance()
-            if self.left and watch is None:
-                continue
-            with with_peers(self._program.mesh):
-                got = to_generation(canvas, shown, eos_ids=eos_ids, tokenizer=tokenizer,
-                                    reasons=stop_reasons(self._parts.stop_rule), limit=limit)
             if not self.left:
-                return got
+                return self.fetch(shown)
             if watch is not None:
-                watch(got)
+                watch(self.fetch(shown))
+
+    def fetch(self, shown: Progress) -> Progress:
+        """On the host, in one transfer, without the rows that a mesh was filled up with."""
+        with with_peers(self.mesh), without_mesh():
+            got = jax.device_get(shown)
+        return jax.tree.map(lambda array: array[:self._rows] if array.ndim else array, got)
 
     def advance(self, *, steps: int | None = None, before_block: int | None = None) -> Progress:
         """The loop goes on: by so many steps, until that block is reached, or else for about `STRETCH_SECONDS`."""
@@ -82,3 +128,18 @@ class Run:
         if timed and taken == steps:
             self._pace.took(time.perf_counter() - started)
         return shown, taken == steps
+
+
+def full_logits(program: Program, params: Params, rows: Sequence[Sequence[int]]) -> Float[np.ndarray, "B T V"]:
+    """float32 logits of one forward over whole rows of token ids; shorter ones are padded on the left."""
+    length = max(max(len(row) for row in rows), 1)
+    batch = -(-len(rows) // program.row_parts) * program.row_parts
+    tokens = np.full((batch, length), program.config.pad_id, np.int32)
+    valid, positions = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.int32)
+    for index, row in enumerate(rows):
+        here = slice(length - len(row), length)
+        tokens[index, here], valid[index, here], positions[index, here] = row, True, np.arange(len(row))
+    with with_peers(program.mesh):
+        got = program.run(
+            program.logits, program.denoiser, check_alive(params), *program.place_rows((tokens, valid, positions)))
+        return np.asarray(jax.device_get(got))[: len(rows)]

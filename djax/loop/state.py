@@ -63,30 +63,33 @@ class Parts:
             check_shapes(axis, getattr(self, axis))
 
 
+_ROWS, _WHOLE = ("batch",), ()
+
+
 @struct.dataclass
 class DenoiseState:
-    """All that the loop carries."""
+    """All that the loop carries. A field says how its arrays are split on a mesh."""
 
-    tokens: Int[Array, "B T"]
-    is_masked: Bool[Array, "B T"]
-    inputs: Float[Array, "B T D"] | None
+    tokens: Int[Array, "B T"] = struct.field(axes=_ROWS)
+    is_masked: Bool[Array, "B T"] = struct.field(axes=_ROWS)
+    inputs: Float[Array, "B T D"] | None = struct.field(axes=_ROWS)
     """Input embeddings; None when inputs are the tokens' own."""
-    cache: Cache | None
-    transform: PartState
-    strategy: PartState
-    row_keys: Key[Array, " B"]
-    block: Int[Array, ""]
+    cache: Cache | None = struct.field(axes=("batch", None, "heads"))
+    transform: PartState = struct.field(axes=_ROWS)
+    strategy: PartState = struct.field(axes=_ROWS)
+    row_keys: Key[Array, " B"] = struct.field(axes=_ROWS)
+    block: Int[Array, ""] = struct.field(axes=_WHOLE)
     """Block being decoded, -1 before the first step."""
-    blocks_entered: Int[Array, ""]
-    step_in_block: Int[Array, ""]
-    iterations: Int[Array, ""]
-    step: Int[Array, " B"]
-    nfe: Int[Array, " B"]
-    refreshes: Int[Array, " B"]
-    commit_step: Int[Array, "B T"]
-    log_prob: Float[Array, "B T"]
-    done: Bool[Array, " B"]
-    stop_reason: Int[Array, " B"]
+    blocks_entered: Int[Array, ""] = struct.field(axes=_WHOLE)
+    step_in_block: Int[Array, ""] = struct.field(axes=_WHOLE)
+    iterations: Int[Array, ""] = struct.field(axes=_WHOLE)
+    step: Int[Array, " B"] = struct.field(axes=_ROWS)
+    nfe: Int[Array, " B"] = struct.field(axes=_ROWS)
+    refreshes: Int[Array, " B"] = struct.field(axes=_ROWS)
+    commit_step: Int[Array, "B T"] = struct.field(axes=_ROWS)
+    log_prob: Float[Array, "B T"] = struct.field(axes=_ROWS)
+    done: Bool[Array, " B"] = struct.field(axes=_ROWS)
+    stop_reason: Int[Array, " B"] = struct.field(axes=_ROWS)
 
 
 @struct.dataclass
@@ -118,14 +121,8 @@ class Result:
 class Progress(NamedTuple):
     """What the host sees of a state between two stretches: whole on every device, and the state's own no longer."""
 
-    tokens: Int[Array, "B T"]
-    is_masked: Bool[Array, "B T"]
+    result: Result
+    """Of a state that may not be finished."""
     done: Bool[Array, " B"]
-    nfe: Int[Array, " B"]
     block: Int[Array, ""]
     iterations: Int[Array, ""]
-    step: Int[Array, " B"]
-    refreshes: Int[Array, " B"]
-    commit_step: Int[Array, "B T"]
-    log_prob: Float[Array, "B T"]
-    stop_reason: Int[Array, " B"]

@@ -1,65 +1,13 @@
-"""What a generation needs in bytes, from the shapes alone."""
+"""What a generation needs on one device in bytes, from the shapes alone."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
+from djax.errors import check_integer
 from djax.models.config import ModelConfig
-from djax.plan.roofline import Split
+from djax.plan.roofline import WHOLE, Split
 from djax.recipes import Recipe
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes over all devices; temporaries are the largest that live at once, the rest lives throughout.
-
-    Temporaries are those of XLA's own operations, an upper bound: kernels hold neither logits nor attention scores.
-    """
-
-    parameters: int
-    cache: int
-    """Keys and values of the whole canvas; 0 without a cache."""
-    inputs: int
-    """Input embeddings that smoothing carries between steps; 0 for hard tokens."""
-    logits: int
-    """float32 logits of the block, twice: as the head gives them and as the transforms leave them."""
-    activations: int
-    """The widest layer of a full forward: hidden states, attention scores, experts' hidden units."""
-
-    @property
-    def total(self) -> int:
-        """Sum of all parts."""
-        return self.parameters + self.cache + self.inputs + self.logits + self.activations
-
-
-def estimate_memory(
-    config: ModelConfig, *, batch: int, canvas_length: int, block_length: int, recipe: Recipe, parameter_bytes: int
-) -> MemoryEstimate:
-    """Estimate for `batch` canvases of `canvas_length` positions, prompt included.
-
-    Raises:
-        ValueError: a size below 1, or a block longer than the canvas.
-    """
-    for name, size in (("batch", batch), ("canvas_length", canvas_length), ("block_length", block_length)):
-        if size < 1:
-            raise ValueError(f"{name}: got {size}; it must be at least 1")
-    if block_length > canvas_length:
-        raise ValueError(f"block_length: got {block_length}; at most canvas_length={canvas_length}")
-    width = 4 if config.dtype == "float32" else 2
-    rows = batch * canvas_length
-    window = recipe.cache_policy.window_length(canvas_length, 0, block_length)
-    keys = 0 if window is None else 2 * config.num_layers * rows * config.num_kv_heads * config.head_dim * width
-    logits = 2 * 4 * batch * block_length * config.vocab_size
-    scores = 2 * 4 * batch * config.num_heads * canvas_length**2
-    routed = rows * config.experts_per_token
-    experts = routed * (config.hidden_size * (width + 4) + config.expert_size * width)
-    hidden = 4 * rows * config.hidden_size * width
-    return MemoryEstimate(
-        parameters=parameter_bytes, cache=keys,
-        inputs=rows * config.hidden_size * width * 2 if recipe.smoothing.soft else 0,
-        logits=logits, activations=int(np.maximum(scores, experts)) + hidden)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +29,8 @@ class DeviceMemory:
 
 
 def estimate_device_memory(
-    config: ModelConfig, *, batch: int, canvas_length: int, recipe: Recipe, split: Split, parameter_bytes: int,
-    cached: bool, vector_memory_bytes: int | None,
+    config: ModelConfig, *, batch: int, canvas_length: int, block_length: int, recipe: Recipe, parameter_bytes: int,
+    split: Split = WHOLE, vector_memory_bytes: int | None = None,
 ) -> DeviceMemory:
     """Estimate for one device of a mesh, by the largest moment of a full forward: its experts.
 
@@ -93,12 +41,19 @@ def estimate_device_memory(
         config: shapes.
         batch: rows on all devices.
         canvas_length: positions, prompt included.
-        recipe: decides what the head is asked for.
-        split: into how many parts each axis is split.
+        block_length: positions decoded together.
+        recipe: decides what is cached, and what the head is asked for.
         parameter_bytes: of one device's part, which depends on what is replicated.
-        cached: whether keys and values are kept.
+        split: into how many parts each axis is split.
         vector_memory_bytes: of a TPU, whose routed rows are float32 and whose program counts too; None for a GPU.
+
+    Raises:
+        ArgumentError: a size below 1, or a block longer than the canvas.
     """
+    check_integer("batch", batch, 1)
+    check_integer("canvas_length", canvas_length, 1)
+    check_integer("block_length", block_length, 1, canvas_length)
+    cached = recipe.cache_policy.window_length(canvas_length, 0, block_length) is not None
     width = 4 if config.dtype == "float32" else 2
     own = batch // split.batch
     rows = own * -(-canvas_length // split.sequence)

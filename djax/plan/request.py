@@ -17,7 +17,7 @@ from djax import recipes
 from djax.contracts.canvas import Canvas
 from djax.contracts.types import StepInfo
 from djax.devices.sharding import PRESETS, mesh_axes, parse_mesh, preset_sizes, rules_for, shardings
-from djax.engine.options import CallOptions, check_block_length, make_parts, resolve_ids
+from djax.engine.options import Sampling, check_block_length, resolve
 from djax.errors import ArgumentError, check_integer
 from djax.loop.state import Parts
 from djax.models import Kernels, abstract_params, logical_axes, parallel_on
@@ -83,19 +83,11 @@ class Request:
             raise ArgumentError("max_new_tokens", f"{max_new_tokens} after a prompt of {prompt_length} tokens",
                                 allowed=f"{config.max_positions} positions in all", advice="shorten one of them")
         recipe = recipes.default_for(config) if recipe is None else recipe
-        recipes.check_blocks(recipe, config, block_length=block)
-        options = CallOptions(
-            recipe=recipe, block_length=block, temperature=0.0, top_k=None, top_p=None, min_p=None, guidance=None,
-            mask_id=None, eos_id=None, stop_on_eos=True)
-        mask_id, eos_ids = resolve_ids(options, config)
-        canvas = Canvas.from_prompts(
-            [[0] * prompt_length] * batch, max_new_tokens=max_new_tokens, block_length=block, mask_id=mask_id,
-            pad_id=config.pad_id, align=config.block_length is not None,
-            whole_blocks=config.block_length is not None)
+        call = resolve(Sampling(recipe=recipe, block_length=block), config, vocab_limit=config.vocab_size)
         return cls(
             name=name or config.architecture, config=config, topology=topology, machine=machine(topology),
-            shapes=shapes, recipe=recipe, kernels=kernels, canvas=canvas,
-            parts=make_parts(options, mask_id=mask_id, eos_ids=eos_ids, vocab_limit=config.vocab_size))
+            shapes=shapes, recipe=recipe, kernels=kernels, parts=call.parts,
+            canvas=call.canvas([[0] * prompt_length] * batch, max_new_tokens=max_new_tokens))
 
     @property
     def window(self) -> int | None:
@@ -131,10 +123,8 @@ class Request:
         split, parameter_bytes = split_parameters(config, sizes)
         batch = -(-canvas.batch // split.batch) * split.batch
         memory = estimate_device_memory(
-            config, batch=batch, canvas_length=canvas.length, recipe=self.recipe, split=split,
-            parameter_bytes=parameter_bytes, vector_memory_bytes=self.machine.vector_memory_bytes,
-            cached=self.recipe.cache_policy.window_length(canvas.length, canvas.first_block, canvas.block_length)
-            is not None)
+            config, batch=batch, canvas_length=canvas.length, block_length=canvas.block_length, recipe=self.recipe,
+            parameter_bytes=parameter_bytes, split=split, vector_memory_bytes=self.machine.vector_memory_bytes)
         soft = self.recipe.smoothing.soft
         widths = {"refresh": canvas.length} | ({} if self.window is None else {"window": self.window})
         steps = {

@@ -12,7 +12,6 @@ from typing import Literal
 
 from jaxtyping import Array, Float, Int
 
-from djax.contracts import answers
 from djax.contracts.types import CachePolicy, Smoothing, Strategy
 from djax.errors import ArgumentError, check_choice, check_integer, check_number, shown
 from djax.loop.state import Parts
@@ -141,25 +140,9 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 def default_for(config: ModelConfig, *, gaps: bool = False) -> Recipe:
     """The recipe of a generation for which nobody names one: `dinfer()`, or `llada2()` for models with blocks.
 
-    With `gaps`, as in infilling, the latter is without a cache (see `check_blocks`).
+    With `gaps`, as in infilling, the latter is without a cache (`BlockCausal` refuses them).
     """
     return dinfer() if config.block_length is None else llada2(cache=not gaps)
-
-
-def check_blocks(recipe: Recipe, config: ModelConfig, *, block_length: int, gaps: bool = False) -> None:
-    """Refuse a recipe whose cache is exact for other models, block lengths or canvases only.
-
-    Args:
-        recipe: of a generation with the model of `config`, or its parts.
-        config: a model's configuration; its `block_length` is that of its attention, None without blocks.
-        block_length: positions that are decoded together.
-        gaps: whether there may be blocks without open positions between others, as in infilling.
-
-    Raises:
-        ValueError: `BlockCausal` on a model without blocks, with a length that cuts the model's blocks, or with gaps.
-    """
-    answers.check_model(recipe.cache_policy, architecture=config.architecture, model_block_length=config.block_length,
-                        block_length=block_length, gaps=gaps)
 
 
 def _vicinity(before: int, after: int, warmup: int | Int[Array, ""], cache: bool) -> CachePolicy:

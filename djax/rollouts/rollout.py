@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from djax import recipes
 from djax.contracts import answers
 from djax.contracts.ambient import on_device, without_mesh
 from djax.contracts.canvas import Canvas
 from djax.contracts.types import FORBID_NOTHING, Forbidden
-from djax.engine.options import CallOptions, check_block_length, check_lengths, make_parts, resolve_ids
+from djax.engine.options import Call, Sampling, SamplingKwargs, check_lengths
 from djax.engine.prompts import Prompt, check_ids, encode_prompts
-from djax.engine.results import Generation
+from djax.engine.results import trimmed
+from djax.engine.running import Run
 from djax.errors import check_integer
-from djax.loop.state import Parts, Result, StopReason, stop_reasons
-from djax.recipes import Recipe
-from djax.rollouts.types import PER_ROW, Rollout
+from djax.loop.state import Parts, Result, StopReason
+from djax.rollouts.types import Rollout
 
 if TYPE_CHECKING:
     from djax.api import DiffusionLM
@@ -40,21 +39,13 @@ def rollout(
     *,
     key: int | Key[Array, ""],
     num_samples: int = 1,
-    recipe: Recipe | None = None,
+    sampling: Sampling | None = None,
     max_new_tokens: int = 256,
-    block_length: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    guidance: float | None = None,
-    mask_id: int | None = None,
-    eos_id: int | Sequence[int] | None = None,
-    stop_on_eos: bool = True,
     align: bool = False,
     micro_batch: int | None = None,
     row_ids: Sequence[int] | None = None,
     allow_special_tokens: bool = False,
+    **options: Unpack[SamplingKwargs],
 ) -> Rollout:
     """Sample `num_samples` completions of every prompt; row `p * num_samples + g` is sample g of prompt p.
 
@@ -67,43 +58,27 @@ def rollout(
         prompts: texts, conversations or token ids, as in `DiffusionLM.generate`.
         key: seed or `jax.random` key; give every training step another one.
         num_samples: G, samples per prompt.
-        recipe: which decoder; None is `EXACT`, threshold decoding at 0.9 without a cache. Other recipes work, and
+        sampling: how to decode, draw and stop. Its recipe None is `EXACT`; other recipes work, and
             `Rollout.replayable` says whether they can be replayed.
         max_new_tokens: positions to generate per row.
-        block_length: positions decoded together; None is the length of the model's own blocks, or 64.
-        temperature: of the draws; 0 is greedy, and then all samples of a prompt are the same.
-        top_k, top_p, min_p: filters, see `DiffusionLM.generate`; top_p=1 and min_p=0 are none.
-        guidance: see `DiffusionLM.generate`.
-        mask_id: overrides the model's mask id.
-        eos_id: overrides the model's EOS ids.
-        stop_on_eos: end a row with the block that holds its first EOS.
         align: see `DiffusionLM.generate`; always for models whose attention has blocks.
         micro_batch: rows decoded at a time; None is all of them.
         row_ids: identity of each of the P * G rows for the random key; None is 0, 1, 2, ...
         allow_special_tokens: see `DiffusionLM.generate`.
+        options: instead of `sampling` its fields (`help(djax.Sampling)`), with a temperature of 1 unless it is given.
 
     Raises:
         ValueError: names the argument, what came and what is allowed.
+        TypeError: an unknown keyword.
     """
     check_integer("num_samples", num_samples, 1)
-    block_length = check_block_length(lm.config, block_length)
-    options = CallOptions(
-        recipe=EXACT if recipe is None else recipe, block_length=block_length, temperature=temperature, top_k=top_k,
-        top_p=None if top_p == 1 else top_p, min_p=None if min_p == 0 else min_p, guidance=guidance, mask_id=mask_id,
-        eos_id=eos_id, stop_on_eos=stop_on_eos)
-    recipes.check_blocks(options.recipe, lm.config, block_length=block_length)
-    mask_token, eos_ids = resolve_ids(options, lm.config)
+    call = _resolve(lm, Sampling.of("rollout", sampling, options, temperature=1.0))
     rows = encode_prompts(prompts, tokenizer=lm.tokenizer, vocab_size=lm.config.vocab_size,
                           allow_special_tokens=allow_special_tokens)
     max_new_tokens = check_lengths(
         lm.config, rows, max_new_tokens=max_new_tokens, samples=num_samples, least=1)
-    canvas = Canvas.from_prompts(
-        _repeat(rows, num_samples), max_new_tokens=max_new_tokens, block_length=block_length, mask_id=mask_token,
-        pad_id=lm.config.pad_id, align=align or lm.config.block_length is not None,
-        whole_blocks=lm.config.block_length is not None)
-    parts = make_parts(options, mask_id=mask_token, eos_ids=eos_ids, vocab_limit=lm.vocab_limit)
-    return _sample(lm, canvas, parts, options, eos_ids=eos_ids, key=key, micro_batch=micro_batch, row_ids=row_ids,
-                   limit=max_new_tokens)
+    canvas = call.canvas(_repeat(rows, num_samples), max_new_tokens=max_new_tokens, align=align)
+    return _sample(lm, canvas, call, key=key, micro_batch=micro_batch, row_ids=row_ids, limit=max_new_tokens)
 
 
 @without_mesh()
@@ -114,18 +89,10 @@ def rollout_infill(
     *,
     key: int | Key[Array, ""],
     num_samples: int = 1,
-    recipe: Recipe | None = None,
-    block_length: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    guidance: float | None = None,
-    mask_id: int | None = None,
-    eos_id: int | Sequence[int] | None = None,
-    stop_on_eos: bool = False,
+    sampling: Sampling | None = None,
     micro_batch: int | None = None,
     row_ids: Sequence[int] | None = None,
+    **options: Unpack[SamplingKwargs],
 ) -> Rollout:
     """Sample the masked positions of token sequences, the others pinned: inpainting-guided rollouts.
 
@@ -136,34 +103,31 @@ def rollout_infill(
         lm: whose weights sample.
         tokens: rows of token ids, ragged.
         mask: True where a token is to be generated; the shape of `tokens`.
-        stop_on_eos: allow EOS, and end a row with the block that holds a generated one. False never generates it.
-        key, num_samples, recipe, block_length, temperature, top_k, top_p, min_p, guidance, mask_id, eos_id,
-            micro_batch, row_ids: as in `rollout`.
+        key, num_samples, sampling, micro_batch, row_ids, options: as in `rollout`; `stop_on_eos` is False unless it is
+            given, and then no EOS is generated.
 
     Raises:
         ValueError: names the argument, what came and what is allowed.
+        TypeError: an unknown keyword.
     """
     check_integer("num_samples", num_samples, 1)
-    block_length = check_block_length(lm.config, block_length)
-    options = CallOptions(
-        recipe=EXACT if recipe is None else recipe, block_length=block_length, temperature=temperature, top_k=top_k,
-        top_p=None if top_p == 1 else top_p, min_p=None if min_p == 0 else min_p, guidance=guidance, mask_id=mask_id,
-        eos_id=eos_id, stop_on_eos=stop_on_eos)
-    recipes.check_blocks(options.recipe, lm.config, block_length=block_length, gaps=True)
-    mask_token, eos_ids = resolve_ids(options, lm.config)
+    call = _resolve(lm, Sampling.of("rollout_infill", sampling, options, temperature=1.0), gaps=True)
     rows = [check_ids(row, name=f"tokens[{index}]", vocab_size=lm.config.vocab_size)
             for index, row in enumerate(tokens)]
     check_lengths(lm.config, rows, samples=num_samples, name="tokens")
     if [len(row) for row in mask] != [len(row) for row in rows]:
         raise ValueError(f"mask: got rows of {[len(row) for row in mask]} entries; the rows of tokens have "
                          f"{[len(row) for row in rows]}; they must be equal")
-    canvas = Canvas.from_tokens(
-        _repeat(rows, num_samples), _repeat(list(mask), num_samples), block_length=block_length, mask_id=mask_token,
-        pad_id=lm.config.pad_id, align=lm.config.block_length is not None)
-    parts = make_parts(options, mask_id=mask_token, eos_ids=eos_ids, vocab_limit=lm.vocab_limit,
-                       forbidden=() if stop_on_eos else eos_ids)
-    return _sample(lm, canvas, parts, options, eos_ids=eos_ids if stop_on_eos else (), key=key,
-                   micro_batch=micro_batch, row_ids=row_ids)
+    canvas = call.canvas_with_gaps(_repeat(rows, num_samples), _repeat(list(mask), num_samples))
+    return _sample(lm, canvas, call, key=key, micro_batch=micro_batch, row_ids=row_ids)
+
+
+def _resolve(lm: DiffusionLM, sampling: Sampling, *, gaps: bool = False) -> Call:
+    """With the recipe of rollouts, and without filters that keep everything."""
+    return lm.resolve(dataclasses.replace(
+        sampling, recipe=EXACT if sampling.recipe is None else sampling.recipe,
+        top_p=None if sampling.top_p == 1 else sampling.top_p,
+        min_p=None if sampling.min_p == 0 else sampling.min_p), gaps=gaps)
 
 
 def record(
@@ -185,14 +149,28 @@ def record(
     first_masked = jnp.min(jnp.where(result.is_masked, columns, canvas.length), axis=1)
     end = jnp.minimum(start + result.lengths, first_masked)
     lengths = (canvas.is_masked & (columns < end[:, None])).sum(axis=1, dtype=jnp.int32)
+    ids = jnp.arange(canvas.batch, dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids, jnp.int32)
+    return _rollout(canvas, result, parts, lengths=lengths, row_ids=ids, drawn_by=_drawn_by(parts), guided=guided)
+
+
+def _drawn_by(parts: Parts) -> tuple[Float[Array, ""], Forbidden]:
+    """Temperature of the draws, and what they leave out."""
+    return (jnp.asarray(answers.sampling_temperature(parts.propose), jnp.float32),
+            jax.tree.map(jnp.asarray, answers.forbidden(parts.transform)))
+
+
+def _rollout(
+    canvas: Canvas, result: Result, parts: Parts, *, lengths: Int[Array, " B"], row_ids: Int[Array, " B"],
+    drawn_by: tuple[Float[Array, ""], Forbidden], guided: bool,
+) -> Rollout:
+    """The record of arrays wherever they are; nothing is computed."""
     obstacles = _obstacles(parts, guided=guided)
+    temperature, forbidden = drawn_by
     return Rollout(
         tokens=result.tokens, valid=canvas.valid, is_open=canvas.is_masked, is_masked=result.is_masked,
         positions=canvas.positions, lengths=lengths, nfe=result.nfe, steps=result.steps,
-        stop_reason=result.stop_reason, commit_step=result.commit_step, log_prob=result.log_prob,
-        row_ids=jnp.arange(canvas.batch, dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids, jnp.int32),
-        mask_id=canvas.mask_id, temperature=jnp.asarray(answers.sampling_temperature(parts.propose), jnp.float32),
-        forbidden=jax.tree.map(jnp.asarray, answers.forbidden(parts.transform)),
+        stop_reason=result.stop_reason, commit_step=result.commit_step, log_prob=result.log_prob, row_ids=row_ids,
+        mask_id=canvas.mask_id, temperature=temperature, forbidden=forbidden,
         first_block=canvas.first_block, block_length=canvas.block_length,
         max_steps=canvas.num_blocks * parts.strategy.max_steps(canvas.block_length), replayable=not obstacles,
         not_replayable_because="; ".join(obstacles) or None)
@@ -240,59 +218,35 @@ def as_rollout(
 
 
 def _sample(
-    lm: DiffusionLM, canvas: Canvas, parts: Parts, options: CallOptions, *, eos_ids: Sequence[int],
-    key: int | Key[Array, ""], micro_batch: int | None, row_ids: Sequence[int] | None, limit: int | None = None,
+    lm: DiffusionLM, whole: Canvas, call: Call, *, key: int | Key[Array, ""], micro_batch: int | None,
+    row_ids: Sequence[int] | None, limit: int | None = None,
 ) -> Rollout:
-    """Decode a canvas, some rows at a time, and keep the record on the host."""
-    ids = np.arange(canvas.batch) if row_ids is None else np.asarray(row_ids)
+    """Decode a canvas, some rows at a time, and keep the record on the host: one transfer for each cut."""
+    canvas: Any = jax.device_get(whole)
+    ids: Any = np.arange(canvas.batch) if row_ids is None else np.asarray(row_ids)
     if ids.shape != (canvas.batch,):
         raise ValueError(f"row_ids: got {ids.size} ids; allowed one for each of the {canvas.batch} rows "
                          "(prompts times num_samples)")
     if micro_batch is not None:
         check_integer("micro_batch", micro_batch, 1)
     size = canvas.batch if micro_batch is None else min(micro_batch, canvas.batch)
-    rollouts = []
+    cuts = []
     for start in range(0, canvas.batch, size):
         rows = np.arange(start, start + size)
         idle = rows >= canvas.batch  # a last cut that is not full has the others' shape, and nothing to do in these
         rows = np.minimum(rows, canvas.batch - 1)
-        cut = _take(canvas, rows, idle)
-        generation = lm.decode(
-            cut, parts, guidance=options.guidance, eos_ids=eos_ids, key=key, row_ids=ids[rows].tolist(),
-            limit=limit)
-        got = _of_generation(cut, generation, parts, ids[rows], guided=options.guidance is not None)
-        rollouts.append(got.take(slice(0, size - int(idle.sum()))))
-    joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in rollouts]) for name in PER_ROW}
-    return dataclasses.replace(rollouts[0], **joined)
-
-
-def _of_generation(
-    canvas: Canvas, generation: Generation, parts: Parts, row_ids: np.ndarray, *, guided: bool
-) -> Rollout:
-    got: dict[str, Any] = {
-        field.name: getattr(generation, field.name) for field in dataclasses.fields(Generation)
-        if field.name not in ("text", "tokens", "stop_reason")}
-    reasons = [stop_reasons(parts.stop_rule).index(reason) for reason in generation.stop_reason]
-    result = Result(
-        tokens=got["canvas"], is_masked=got["is_masked"], valid=got["canvas_mask"], commit_step=got["commit_step"],
-        log_prob=got["log_prob"], lengths=got["lengths"], nfe=got["nfe"], steps=got["steps"],
-        refreshes=got["refreshes"], stop_reason=np.asarray(reasons, np.int32))  # type: ignore[arg-type]
-    # a `Generation` counts generated tokens, as is wanted here; `record` expects a `Result`'s count of positions
-    found = _record(*on_device((canvas, result, parts, row_ids.astype(np.int32))), guided=guided)
-    return jax.device_get(dataclasses.replace(found, lengths=got["lengths"]))
-
-
-@partial(jax.jit, static_argnames="guided")
-def _record(canvas: Canvas, result: Result, parts: Parts, row_ids: Int[Array, " B"], *, guided: bool) -> Rollout:
-    return record(canvas, result, parts=parts, guided=guided, row_ids=row_ids)
-
-
-def _take(canvas: Canvas, rows: np.ndarray, idle: np.ndarray) -> Canvas:
-    tokens, is_masked, valid, positions = (
-        jax.device_get(array)[rows] for array in (canvas.tokens, canvas.is_masked, canvas.valid, canvas.positions))
-    arrays: dict[str, Any] = jax.device_put({
-        "tokens": tokens, "is_masked": is_masked & ~idle[:, None], "valid": valid, "positions": positions})
-    return dataclasses.replace(canvas, **arrays)
+        cut = dataclasses.replace(
+            canvas, tokens=canvas.tokens[rows], is_masked=canvas.is_masked[rows] & ~idle[:, None],
+            valid=canvas.valid[rows], positions=canvas.positions[rows])
+        run = Run(lm.program, lm.params, cut, call.parts, guidance=call.guidance, key=key, row_ids=ids[rows].tolist())
+        cuts.append(run.finish().result)
+    result: Any = jax.tree.map(lambda *parts: np.concatenate(parts)[:canvas.batch], *cuts)
+    completed, why = trimmed(result, canvas.is_masked, eos_ids=call.eos_ids, limit=limit)
+    lengths: Any = completed.sum(axis=1, dtype=np.int32)
+    return _rollout(
+        canvas, dataclasses.replace(result, stop_reason=why), call.parts, lengths=lengths,
+        row_ids=ids.astype(np.int32), guided=call.guidance is not None,
+        drawn_by=jax.device_get(jax.jit(_drawn_by)(on_device(call.parts))))
 
 
 def _obstacles(parts: Parts, *, guided: bool) -> list[str]:

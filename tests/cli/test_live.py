@@ -13,7 +13,7 @@ from rich.text import Text
 
 from djax import assets
 from djax.cli.live import MASKED, NEW, LiveCanvas, printable
-from djax.engine.results import StreamStep
+from djax.engine.streaming import StreamStep
 from djax.engine.tokenizer import Tokenizer
 
 MASK, EOS = 472, 469

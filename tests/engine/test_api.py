@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import djax
-from djax import recipes
+from djax import recipes, rl
 from djax.contracts.canvas import bucket_size
+from djax.errors import ArgumentError
 from djax.parts.transforms import ForbidTokens
 from tests.conftest import EIGHT_DEVICES
 
@@ -294,22 +295,19 @@ def test_memory_is_estimated_before_compiling(bundled):
     keys = 2 * config.num_layers * 64 * config.num_kv_heads * config.head_dim * 4
     assert (small.cache, large.cache) == (keys, 8 * keys)
     assert bundled.memory_estimate(1, 64, recipe=recipes.llada(), block_length=8).cache == 0
-    assert large.total == large.parameters + large.cache + large.inputs + large.logits + large.activations
+    for wrong in ({"batch": 0}, {"canvas_length": 0}, {"block_length": 65}):
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            bundled.memory_estimate(**({"batch": 1, "canvas_length": 64, "block_length": 8} | wrong))
+    assert large.total == large.parameters + large.cache + large.other + large.temporaries
 
 
-@pytest.mark.slow
-def test_memory_estimate_against_the_compiler(bundled):
-    """The estimate has to be of the compiler's size: a user plans a batch with it."""
-    from djax.engine.options import CallOptions
+def test_memory_is_estimated_as_a_plan_does(bundled):
+    """One answer to one question; tests/test_plan.py compares it with the compilers'."""
+    from djax.plan import plan
 
-    options = CallOptions(recipe=DUAL, block_length=64, temperature=0.0, top_k=None, top_p=None, min_p=None,
-                          guidance=None, mask_id=None, eos_id=None, stop_on_eos=True)
-    canvas, parts, _ = bundled._prepare([[1] * 192] * 8, options, max_new_tokens=320, align=False)
-    arguments = bundled._arguments(canvas, parts, guidance=None, key=0, row_ids=None)
-    compiled = bundled.program.denoise.lower(*arguments).compile().memory_analysis()
-    estimate = bundled.memory_estimate(8, canvas.length, recipe=DUAL, block_length=64)
-    measured = compiled.temp_size_in_bytes + estimate.parameters
-    assert 0.5 * measured < estimate.total < 2.0 * measured, (estimate, measured)
+    planned = plan(bundled.config, topology="h200:1", batch=8, prompt_length=192, max_new_tokens=320, block_length=64,
+                   recipe=DUAL, compiled=False)
+    assert bundled.memory_estimate(8, planned.canvas_length, recipe=DUAL, block_length=64) == planned.estimate
 
 
 def test_bucket_sizes():
@@ -355,6 +353,59 @@ def test_wrong_arguments_are_named(golden_lm, change, message):
         golden_lm.generate(arguments.pop("prompts"), **arguments)
     assert str(caught.value).startswith(message)
     assert golden_lm.compile_count == before
+
+
+def test_a_record_is_its_keywords(golden_lm, batch):
+    """Of every call that takes one; and what it holds may not be said twice."""
+    lengths = {"max_new_tokens": SHAPE["max_new_tokens"]}
+    keywords = {"recipe": DUAL, "block_length": 8, "mask_id": MASK}
+    record = djax.Sampling(**keywords)
+    before = golden_lm.compile_count
+    same(golden_lm.generate(PROMPTS, sampling=record, **lengths), batch)
+    *_, last = golden_lm.stream(PROMPTS, sampling=record, **lengths)
+    np.testing.assert_array_equal(last.tokens, batch.canvas)
+    assert golden_lm.warmup([(3, 9, 20)], sampling=record) == 0
+    greedy = rl.rollout(golden_lm, PROMPTS, key=0, sampling=record, **lengths)  # a record's temperature is its own
+    np.testing.assert_array_equal(greedy.tokens, batch.canvas)
+    assert golden_lm.compile_count == before
+    rows, masks = [[1, 2, 3, 4]], [[False, True, True, False]]
+    call = {"token_ids": rows, "mask": masks}
+    filled = golden_lm.infill(**call, sampling=record)
+    same(filled, golden_lm.infill(**call, **keywords))
+    pinned = rl.rollout_infill(golden_lm, rows, masks, key=0, sampling=record)
+    np.testing.assert_array_equal(pinned.tokens, filled.canvas)
+    calls = {"generate": golden_lm.generate, "stream": golden_lm.stream, "warmup": golden_lm.warmup,
+             "infill": lambda given, **options: golden_lm.infill(given, masks, **options),
+             "rollout": lambda given, **options: rl.rollout(golden_lm, given, key=0, **options),
+             "rollout_infill": lambda given, **options: rl.rollout_infill(golden_lm, given, masks, key=0, **options)}
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected .* 'temprature'.*temperature"):
+            call(rows, temprature=0.5)
+        with pytest.raises(ArgumentError, match="sampling: got a record and top_k=, which it holds"):
+            call(rows, sampling=record, top_k=None)
+        with pytest.raises(ArgumentError, match=r"sampling: got 0\.7; allowed a djax\.Sampling"):
+            call(rows, sampling=0.7)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"top_k": 0}, {"temperature": None}, {"block_length": 0}, {"recipe": "dinfer"}], ids=str)
+def test_a_record_checks_its_fields(wrong):
+    with pytest.raises(ArgumentError) as error:
+        djax.Sampling(**wrong)
+    assert error.value.name == next(iter(wrong))
+
+
+def test_rows_that_are_filled_in_may_end(golden_lm):
+    """With `stop_on_eos` as in rollouts; the last token of the first block is made the EOS."""
+    rows, masks = [[1] * 3 + [0] * 16 + [2]], [[False] * 3 + [True] * 16 + [False]]
+    call = {"recipe": DUAL, "block_length": 8, "mask_id": MASK}
+    free = golden_lm.infill(rows, masks, **call)
+    eos = int(free.tokens[0][10])
+    got = golden_lm.infill(rows, masks, eos_id=eos, stop_on_eos=True, **call)
+    assert got.stop_reason == ["eos"]
+    rollout = rl.rollout_infill(golden_lm, rows, masks, key=0, temperature=0.0, eos_id=eos, stop_on_eos=True, **call)
+    np.testing.assert_array_equal(rollout.tokens, got.canvas)
+    np.testing.assert_array_equal(rollout.lengths, got.lengths)
 
 
 def test_recipes_refuse_what_they_do_not_know():

@@ -16,7 +16,8 @@ from djax import recipes, rl
 from djax.cli.live import LiveCanvas
 from djax.engine import interrupts
 from djax.engine.interrupts import Hold, Pace
-from djax.engine.results import StreamStep, draft_texts, tokens_per_forward
+from djax.engine.results import draft_texts, tokens_per_forward
+from djax.engine.streaming import StreamStep
 from djax.errors import ArgumentError
 from tests.conftest import press_ctrl_c
 

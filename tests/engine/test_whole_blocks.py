@@ -8,7 +8,7 @@ import pytest
 import djax
 from djax import recipes, rl
 from djax.contracts.canvas import Canvas
-from djax.engine.options import CallOptions, make_parts
+from djax.engine.options import Sampling, resolve
 from tests.support import golden_llada2
 
 MASK, EOS, BLOCK = 155, 152, golden_llada2.CONFIG.block_length
@@ -47,10 +47,7 @@ def test_every_length_is_that_of_whole_blocks(lm: djax.DiffusionLM) -> None:
         assert [row.tolist() for row in got.tokens] == want, new
         assert got.lengths.max() <= new
         assert (got.is_open.sum(1) == new).all()
-        parts = make_parts(
-            CallOptions(recipe=RECIPE, block_length=BLOCK, temperature=0.0, top_k=None, top_p=None, min_p=None,
-                        guidance=None, mask_id=MASK, eos_id=EOS, stop_on_eos=True),
-            mask_id=MASK, eos_ids=[EOS], vocab_limit=lm.vocab_limit)
+        parts = resolve(Sampling(**CALL, eos_id=EOS), lm.config, vocab_limit=lm.vocab_limit).parts
         cut = Canvas.from_prompts(PROMPTS, max_new_tokens=new, block_length=BLOCK, mask_id=MASK, pad_id=EOS, align=True)
         short = lm.decode(cut, parts, eos_ids=[EOS])
         differ += sum(row.tolist() != right for row, right in zip(short.tokens, want, strict=True))

@@ -14,8 +14,10 @@ from flax import nnx
 
 from djax import recipes
 from djax.contracts.canvas import Canvas
+from djax.engine.options import Sampling, resolve
 from djax.loop.denoise import Result, denoise
 from djax.models import ModelDenoiser, build
+from djax.models.config import ModelConfig
 from djax.parts.cache_policies import BlockCausal, Dual, NoCache, Periodic, WithWarmup
 from djax.parts.proposals import Greedy, RefuseToken, Sample
 from djax.parts.stopping import OnEos
@@ -140,7 +142,7 @@ def test_a_row_is_what_it_is_alone() -> None:
 
 @pytest.mark.slow
 def test_a_block_that_is_not_the_models_is_not_exact() -> None:
-    """What `check_blocks` refuses: half a block's keys were written before the other half was decoded."""
+    """What `BlockCausal.check_model` refuses: half a block's keys were written before the other half was decoded."""
     exact, cached = drawn(NoCache(), BLOCK // 2), drawn(BlockCausal(), BLOCK // 2)
     assert (np.asarray(exact.tokens) != np.asarray(cached.tokens)).any()
 
@@ -154,17 +156,22 @@ def test_the_recipe_is_the_models_own_decoder() -> None:
     assert recipes.llada2().cache_policy.exact
 
 
+def check(recipe: recipes.Recipe, config: ModelConfig, *, block_length: int, gaps: bool = False) -> None:
+    sampling = Sampling(recipe=recipe, block_length=block_length, mask_id=150)
+    resolve(sampling, config, vocab_limit=config.vocab_size, gaps=gaps)
+
+
 def test_blocks_that_do_not_fit_are_refused() -> None:
     recipe, config = recipes.llada2(), golden_llada2.CONFIG
-    recipes.check_blocks(recipe, config, block_length=3 * BLOCK)
-    recipes.check_blocks(recipes.dinfer(), golden.CONFIG, block_length=5, gaps=True)
-    recipes.check_blocks(dataclasses.replace(recipe, cache_policy=Dual()), config, block_length=5, gaps=True)
+    check(recipe, config, block_length=3 * BLOCK)
+    check(recipes.dinfer(), golden.CONFIG, block_length=5, gaps=True)
+    check(dataclasses.replace(recipe, cache_policy=Dual()), config, block_length=5, gaps=True)
     with pytest.raises(ValueError, match=r"block_length: got 12 .* allowed a multiple of 8"):
-        recipes.check_blocks(recipe, config, block_length=12)
+        check(recipe, config, block_length=12)
     with pytest.raises(ValueError, match=r"recipe: got .* with llada_moe, whose attention is not causal"):
-        recipes.check_blocks(recipe, golden.CONFIG, block_length=8)
+        check(recipe, golden.CONFIG, block_length=8)
     with pytest.raises(ValueError, match=r"recipe: got .* needs open positions in every block"):
-        recipes.check_blocks(recipe, config, block_length=8, gaps=True)
+        check(recipe, config, block_length=8, gaps=True)
     wrapped = dataclasses.replace(recipe, cache_policy=WithWarmup(Periodic(BlockCausal(), 2), 1))
     with pytest.raises(ValueError, match="block_length: got 4"):
-        recipes.check_blocks(wrapped, config, block_length=4)
+        check(wrapped, config, block_length=4)

@@ -18,7 +18,7 @@ from djax.loop.denoise import denoise
 from djax.loop.state import Parts, StopReason
 from tests.support import toy
 from tests.support.golden_llada2 import GOLDENS
-from tests.support.tiny import EOS, MASK
+from tests.support.tiny import CONFIG, EOS, MASK
 
 PROMPTS = [[9, 17, 10, 6, 13], [12, 10, 57, 32, 1, 49, 55, 29, 35], [7]]
 SHAPE: dict[str, Any] = {"max_new_tokens": 20, "block_length": 8}
@@ -142,13 +142,12 @@ NOT_EXACT = {
 @pytest.mark.parametrize("name", NOT_EXACT)
 def test_what_cannot_be_replayed_says_why(name: str) -> None:
     """Asked of the record alone: nothing is decoded."""
-    from djax.engine.options import CallOptions, make_parts
+    from djax.engine.options import Sampling, resolve
     from djax.rollouts.rollout import record
 
     recipe, options, reason = NOT_EXACT[name]
-    every = {"top_k": None, "top_p": None, "min_p": None, "guidance": None} | options
-    parts = make_parts(CallOptions(recipe=recipe, block_length=8, temperature=1.0, mask_id=MASK, eos_id=EOS,
-                                   stop_on_eos=True, **every), mask_id=MASK, eos_ids=[EOS], vocab_limit=50)
+    sampling = Sampling(recipe=recipe, block_length=8, temperature=1.0, mask_id=MASK, eos_id=EOS, **options)
+    parts = resolve(sampling, CONFIG, vocab_limit=50).parts
     canvas = Canvas.from_prompts([[1]], max_new_tokens=8, block_length=8, mask_id=MASK, pad_id=0)
     blank = jnp.zeros(canvas.tokens.shape, jnp.int32)
     row = jnp.zeros(1, jnp.int32)
