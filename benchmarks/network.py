@@ -17,9 +17,9 @@ from benchmarks.cases import Sizes
 from benchmarks.ops import normal
 from djax.contracts.cache import KVCache
 from djax.models import Kernels, build, init_params
-from djax.models.layers import rms_norm
-from djax.models.llada_moe import Layer
-from djax.models.moe import route, router_logits
+from djax.models.families.llada_moe import Layer
+from djax.models.layers.basic import rms_norm
+from djax.models.layers.moe import route, router_logits
 from kernels_pallas import moe_quantized, quantize_experts, unembed
 
 SHARPNESS = 4.0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from djax.engine.results import Generation, StreamStep
     from djax.loop.denoise import denoise
     from djax.loop.state import Parts, Result, StopReason
-    from djax.models.kernels import Kernels
+    from djax.models import Kernels
     from djax.parts import (
         cache_policies,
         proposals,
@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Canvas": "contracts.canvas", "DiffusionLM": "api", "Generation": "engine.results", "Kernels": "models.kernels",
+    "Canvas": "contracts.canvas", "DiffusionLM": "api", "Generation": "engine.results", "Kernels": "models",
     "Parts": "loop.state", "Result": "loop.state", "StopReason": "loop.state", "StreamStep": "engine.results",
     "denoise": "loop.denoise", "load": "api"}
 _ROOM = {

@@ -12,9 +12,9 @@ from jaxtyping import Array, Key
 from djax.contracts.ambient import without_mesh
 from djax.devices.parallel import WHOLE, Parallel
 from djax.models.config import Llada2MoeConfig, LladaMoeConfig, ModelConfig
-from djax.models.kernels import Kernels
-from djax.models.llada2_moe import Llada2Moe
-from djax.models.llada_moe import LladaMoe
+from djax.models.families.llada2_moe import Llada2Moe
+from djax.models.families.llada_moe import LladaMoe
+from djax.models.layers.kernels import Kernels
 
 Model = LladaMoe | Llada2Moe
 """Union of the architectures."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from djax.contracts import struct
 from djax.contracts.types import Params
-from djax.models.moe import route
+from djax.models.layers.moe import route
 
 SMALLEST_NOISE = 1e-3
 """Noise levels are drawn from [it, 1]: below, a weight of 1/t is all variance and hardly any signal."""

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax.models.layers import contract, rms_norm, rotary_angles, rotate
-from djax.models.moe import route, router_logits
+from djax.models.layers.basic import contract, rms_norm, rotary_angles, rotate
+from djax.models.layers.moe import route, router_logits
 
 SEED = 11
 

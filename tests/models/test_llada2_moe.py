@@ -13,7 +13,7 @@ from flax import nnx
 
 from djax.models import Kernels, Llada2Moe, ModelDenoiser, abstract_params, build, init_params, logical_axes
 from djax.models.config import Llada2MoeConfig
-from djax.models.llada2_moe import route_in_groups
+from djax.models.families.llada2_moe import route_in_groups
 
 from . import golden_llada2 as golden
 

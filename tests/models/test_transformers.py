@@ -13,7 +13,7 @@ from flax import nnx
 
 from djax.models import LladaMoe, build
 from djax.models.config import LladaMoeConfig
-from djax.models.layers import rotary_angles
+from djax.models.layers.basic import rotary_angles
 
 from . import golden
 

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from djax.devices.parallel import WHOLE, Parallel
 from djax.models.config import LladaMoeConfig
-from djax.models.layers import contract
-from djax.models.parameters import normal
+from djax.models.layers.basic import contract
+from djax.models.layers.parameters import normal
 from kernels_pallas import moe, top_k_route
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from djax.contracts.cache import LayerCache
 from djax.devices.parallel import WHOLE, Parallel
 from djax.models.config import ModelConfig
-from djax.models.layers import Rotation, from_heads, rms_norm, rotate, to_heads
-from djax.models.parameters import normal, ones
+from djax.models.layers.basic import Rotation, from_heads, rms_norm, rotate, to_heads
+from djax.models.layers.parameters import normal, ones
 from kernels_pallas import attention
 
 

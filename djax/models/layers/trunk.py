@@ -15,13 +15,13 @@ from jaxtyping import Array, Bool, Float, Int
 from djax.contracts.cache import KVCache, LayerCache
 from djax.contracts.types import HeadQuery, Reading
 from djax.devices.parallel import Parallel
-from djax.models.attention import Attention
 from djax.models.config import ModelConfig
-from djax.models.head import read_head
-from djax.models.kernels import Kernels
-from djax.models.layers import Rotation, contract, rms_norm, rotary_angles
-from djax.models.log_probs import token_log_probs
-from djax.models.parameters import normal, ones
+from djax.models.layers.attention import Attention
+from djax.models.layers.basic import Rotation, contract, rms_norm, rotary_angles
+from djax.models.layers.head import read_head
+from djax.models.layers.kernels import Kernels
+from djax.models.layers.log_probs import token_log_probs
+from djax.models.layers.parameters import normal, ones
 
 
 class Layer(nnx.Module):

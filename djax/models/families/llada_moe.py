@@ -11,16 +11,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from djax.devices.parallel import WHOLE, Parallel
-from djax.models import transformer
 from djax.models.config import LladaMoeConfig
-from djax.models.kernels import Kernels
-from djax.models.layers import rms_norm
-from djax.models.moe import MixtureOfExperts
-from djax.models.parameters import ones
-from djax.models.transformer import Transformer
+from djax.models.layers import trunk
+from djax.models.layers.basic import rms_norm
+from djax.models.layers.kernels import Kernels
+from djax.models.layers.moe import MixtureOfExperts
+from djax.models.layers.parameters import ones
+from djax.models.layers.trunk import Transformer
 
 
-class Layer(transformer.Layer):
+class Layer(trunk.Layer):
     """Attention, then experts, each behind a norm and added to the residual stream."""
 
     def __init__(

@@ -15,13 +15,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from djax.devices.parallel import WHOLE, Parallel
-from djax.models import transformer
 from djax.models.config import Llada2MoeConfig
-from djax.models.kernels import Kernels
-from djax.models.layers import contract, rms_norm
-from djax.models.moe import router_logits
-from djax.models.parameters import normal, ones, zeros
-from djax.models.transformer import Transformer
+from djax.models.layers import trunk
+from djax.models.layers.basic import contract, rms_norm
+from djax.models.layers.kernels import Kernels
+from djax.models.layers.moe import router_logits
+from djax.models.layers.parameters import normal, ones, zeros
+from djax.models.layers.trunk import Transformer
 from kernels_pallas import moe
 from kernels_pallas.moe.router import top_k_by_maxima
 
@@ -117,7 +117,7 @@ class MixtureOfExperts(nnx.Module):
         return mixed.reshape(x.shape), logits.reshape(*x.shape[:2], -1)
 
 
-class Layer(transformer.Layer):
+class Layer(trunk.Layer):
     """Attention, then a dense block or experts, each behind a norm and added to the residual stream."""
 
     def __init__(
