@@ -117,7 +117,7 @@ def exchanged(text: str) -> dict[str, Any]:
 
 def compiled_plan(model: str, topology: str, mesh: str) -> dict[str, Any]:
     """`djax plan` of a full-size model, as JSON; what does not fit or cannot be compiled says so."""
-    from djax.models.published import PUBLISHED
+    from djax.models.families import published
     from djax.plan.planner import plan
     from djax.plan.topology import missing_compiler
 
@@ -126,20 +126,20 @@ def compiled_plan(model: str, topology: str, mesh: str) -> dict[str, Any]:
     if reason is not None:
         return {"asked": asked, "skipped": reason}
     try:
-        return {"asked": asked, "plan": plan(PUBLISHED[model], topology=topology, mesh=mesh, name=model).to_json()}
+        return {"asked": asked, "plan": plan(published()[model], topology=topology, mesh=mesh, name=model).to_json()}
     except ValueError as error:
         return {"asked": asked, "refused": str(error)}
 
 
 def estimated_again(row: dict[str, Any]) -> dict[str, Any]:
     """A row on record with today's estimates and roofline beside what the compiler said then."""
-    from djax.models.published import PUBLISHED
+    from djax.models.families import published
     from djax.plan.planner import plan
 
     if "plan" not in row:
         return row
     old, asked = row["plan"], row["asked"]
-    new = plan(PUBLISHED[asked["model"]], topology=asked["topology"], mesh=asked["mesh"], name=asked["model"],
+    new = plan(published()[asked["model"]], topology=asked["topology"], mesh=asked["mesh"], name=asked["model"],
                compiled=False).to_json()
     read = ("collectives", "layer_collectives", "kernels")
     steps = {name: step | {field: old["steps"][name][field] for field in read} for name, step in new["steps"].items()}
@@ -149,14 +149,14 @@ def estimated_again(row: dict[str, Any]) -> dict[str, Any]:
 
 def strong_scaling() -> list[dict[str, Any]]:
     """The roofline of one windowed forward of one row on 1 to 64 devices, each time on the fastest mesh."""
-    from djax.models.published import PUBLISHED
+    from djax.models.families import published
     from djax.plan.request import Request
 
     rows = []
     for model in MODELS:
         for kind in KINDS:
             request = Request.of(
-                PUBLISHED[model], topology=f"{kind}:1", batch=1, prompt_length=176, max_new_tokens=1024, name=model)
+                published()[model], topology=f"{kind}:1", batch=1, prompt_length=176, max_new_tokens=1024, name=model)
             rows += [fastest(request, kind, count) for count in COUNTS]
     return rows
 

@@ -1,4 +1,4 @@
-"""The architectures, and how a model becomes a denoiser. Names are imported on first use: flags need none of jax."""
+"""The model families, and how a model becomes a denoiser. Names are imported on first use: flags need none of jax."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ if TYPE_CHECKING:
     from djax.devices.parallel import Parallel, parallel_on
     from djax.models.builder import abstract_params, build, init_params, logical_axes
     from djax.models.denoiser import Guided, ModelDenoiser
-    from djax.models.families.llada2_moe import Llada2Moe
-    from djax.models.families.llada_moe import LladaMoe
     from djax.models.layers.kernels import Kernels, kernels_on
 
 _HOME = {
-    "Guided": "models.denoiser", "Kernels": "models.layers.kernels", "Llada2Moe": "models.families.llada2_moe",
-    "LladaMoe": "models.families.llada_moe", "ModelDenoiser": "models.denoiser", "Parallel": "devices.parallel",
-    "abstract_params": "models.builder", "build": "models.builder", "init_params": "models.builder",
+    "Guided": "models.denoiser", "Kernels": "models.layers.kernels", "ModelDenoiser": "models.denoiser",
+    "Parallel": "devices.parallel", "abstract_params": "models.builder", "build": "models.builder",
+    "init_params": "models.builder",
     "kernels_on": "models.layers.kernels", "logical_axes": "models.builder", "parallel_on": "devices.parallel"}
 
 __all__ = [
-    "Guided", "Kernels", "Llada2Moe", "LladaMoe", "ModelDenoiser", "Parallel", "abstract_params", "build",
-    "init_params", "kernels_on", "logical_axes", "parallel_on",
+    "Guided", "Kernels", "ModelDenoiser", "Parallel", "abstract_params", "build", "init_params", "kernels_on",
+    "logical_axes", "parallel_on",
 ]
 
 
