@@ -197,9 +197,9 @@ def time_shard(count: int, *, tiny: bool, kind: str) -> dict[str, Any]:
 
     from benchmarks import loop
     from benchmarks.cases import FULL, TINY
+    from benchmarks.shard import lone_shard
     from djax import cache_policies, strategies
     from djax.devices.sharding import preset_sizes
-    from djax.engine.program import Program
     from djax.plan.request import Request
     from djax.recipes import Recipe
 
@@ -211,8 +211,8 @@ def time_shard(count: int, *, tiny: bool, kind: str) -> dict[str, Any]:
         max_new_tokens=cases.generated, block_length=block, name="shard", recipe=Recipe(
             strategy=strategies.Quota(steps=1), cache_policy=cache_policies.Vicinity(around // 2, around // 2)))
     mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    program = Program(cases.config, mesh=mesh, alone=True)
-    leaves, structure = jax.tree.flatten(program.own_params)
+    denoise, own_params = lone_shard(cases.config, mesh)
+    leaves, structure = jax.tree.flatten(own_params)
     params = jax.tree.unflatten(structure, [
         (0.02 * jax.random.normal(jax.random.key(index), leaf.shape, jnp.float32)).astype(leaf.dtype)
         for index, leaf in enumerate(leaves)])
@@ -223,8 +223,7 @@ def time_shard(count: int, *, tiny: bool, kind: str) -> dict[str, Any]:
         taken = []
         for _ in range(loop.REPEATS + 1):
             started = time.perf_counter()
-            jax.block_until_ready(program.denoise(
-                program.denoiser, params, request.canvas, jax.random.key(0), parts, rows))
+            jax.block_until_ready(denoise(params, request.canvas, jax.random.key(0), parts, rows))
             taken.append(time.perf_counter() - started)
         return report.Spread.of(taken[1:]).median
 
@@ -233,7 +232,7 @@ def time_shard(count: int, *, tiny: bool, kind: str) -> dict[str, Any]:
     modelled = {name: step.exchange_seconds for name, (_, step) in request.on_mesh(sizes).steps.items()}
     return {
         "devices": count, "mesh": sizes, "kind": kind, "tiny": tiny, "device": jax.devices()[0].device_kind,
-        "programs": program.compile_count, "generation_seconds": seconds,
+        "programs": denoise._cache_size(), "generation_seconds": seconds,
         "steps_per_block": cases.steps_per_block, "window_compute_seconds": alone, "refresh_compute_seconds": refresh,
         "modelled_exchange_seconds": modelled, "window_seconds": alone + modelled["window"],
         "tokens_per_second": {
