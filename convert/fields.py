@@ -118,16 +118,12 @@ class Fields:
 
     def rotary_share(self) -> float | None:
         """`partial_rotary_factor`, from wherever it stands."""
-        nested = self.fields.get("rope_parameters")
-        inside = nested.get("partial_rotary_factor") if isinstance(nested, Mapping) else None
-        own = self.fields.get("partial_rotary_factor")
-        if own is not None and inside is not None and own != inside:
-            raise self.wrong("partial_rotary_factor", f"it differs from that of rope_parameters, {inside}")
-        if own is not None:
-            return self.positive("partial_rotary_factor")
-        if inside is None or not isinstance(nested, Mapping):
-            return None
-        return Fields(nested, self.file).positive("partial_rotary_factor")
+        name, nested = "partial_rotary_factor", self.fields.get("rope_parameters")
+        places = [self, *([Fields(nested, self.file)] if isinstance(nested, Mapping) else [])]
+        found = [place.positive(name) for place in places if place.fields.get(name) is not None]
+        if len(set(found)) > 1:
+            raise self.wrong(name, f"it differs from that of rope_parameters, {found[-1]:g}")
+        return found[0] if found else None
 
     def fixed(self, name: str, allowed: tuple[Any, ...]) -> None:
         """Refuse a value that is not one of `allowed`; None also stands for an absent field."""

@@ -20,7 +20,7 @@ from djax.models.layers.trunk import Transformer
 @functools.lru_cache(maxsize=32)  # seconds for a hundred layers, and a load asks several times
 def _abstract(config: ModelConfig, kernels: Kernels, parallel: Parallel) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(
-        lambda: family_of(config).model(config, rngs=nnx.Rngs(0), kernels=kernels, parallel=parallel)))
+        lambda: Transformer(config, family_of(config), rngs=nnx.Rngs(0), kernels=kernels, parallel=parallel)))
 
 
 def _own_abstract(config: ModelConfig, kernels: Kernels, parallel: Parallel) -> tuple[nnx.GraphDef, nnx.State]:
@@ -74,4 +74,5 @@ def init_params(
     Raises:
         ValueError: no model for this kind of configuration.
     """
-    return nnx.split(family_of(config).model(config, rngs=nnx.Rngs(params=key), kernels=kernels))
+    return nnx.split(
+        Transformer(config, family_of(config), rngs=nnx.Rngs(params=key), kernels=kernels, parallel=WHOLE))

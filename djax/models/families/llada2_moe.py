@@ -25,7 +25,7 @@ from djax.models.layers.basic import SwiGlu, rms_norm
 from djax.models.layers.kernels import Kernels
 from djax.models.layers.moe import GroupedSigmoid, MixtureOfExperts
 from djax.models.layers.parameters import ones
-from djax.models.layers.trunk import Family, Transformer
+from djax.models.layers.trunk import Family
 
 
 def feed_forwards(config: Llada2MoeConfig) -> tuple[FeedForward, ...]:
@@ -79,23 +79,16 @@ class Layer(nnx.Module):
         return x + mixed.reshape(x.shape), None
 
 
-def model(
-    config: Llada2MoeConfig, *, rngs: nnx.Rngs, kernels: Kernels = Kernels(), parallel: Parallel = WHOLE
-) -> Transformer:
-    """The model with random weights; `parallel` is for one whose parameters are one device's part of them."""
-    return Transformer(
-        config, lambda index: Layer(config, index, rngs=rngs, kernels=kernels, parallel=parallel),
-        rotary_dim=config.rotary_dim, rngs=rngs, kernels=kernels, parallel=parallel)
-
-
 _MINI = Llada2MoeConfig(
     vocab_size=157184, hidden_size=2048, num_layers=20, num_dense_layers=1, dense_size=5120, num_heads=16,
     num_kv_heads=4, head_dim=128, rotary_dim=64, num_experts=256, experts_per_token=8, expert_size=512,
     num_shared_experts=1, num_groups=8, groups_per_token=4, routed_scaling_factor=2.5, rms_norm_eps=1e-6,
     rope_theta=600000.0, max_positions=32768, mask_id=LLADA2_MOE_MASK_ID, eos_id=156892, pad_id=156892)
 
-FAMILY = Family(config=Llada2MoeConfig, model=model, feed_forwards=feed_forwards, published={
-    "llada2-mini": _MINI,
-    "llada2-flash": dataclasses.replace(
-        _MINI, hidden_size=4096, num_layers=32, num_heads=32, dense_size=9216, expert_size=1024)})
+FAMILY = Family(
+    config=Llada2MoeConfig, layer=Layer, rotary_dim=lambda config: config.rotary_dim, feed_forwards=feed_forwards,
+    published={
+        "llada2-mini": _MINI,
+        "llada2-flash": dataclasses.replace(
+            _MINI, hidden_size=4096, num_layers=32, num_heads=32, dense_size=9216, expert_size=1024)})
 """LLaDA2, and LLaDA2.0-mini and LLaDA2.0-flash by name."""

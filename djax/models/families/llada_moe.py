@@ -20,7 +20,7 @@ from djax.models.layers.basic import rms_norm
 from djax.models.layers.kernels import Kernels
 from djax.models.layers.moe import MixtureOfExperts, SoftmaxTopK
 from djax.models.layers.parameters import ones
-from djax.models.layers.trunk import Family, Transformer
+from djax.models.layers.trunk import Family
 
 
 def feed_forwards(config: LladaMoeConfig) -> tuple[FeedForward, ...]:
@@ -34,7 +34,8 @@ class Layer(nnx.Module):
     """Attention, then experts, each behind a norm and added to the residual stream."""
 
     def __init__(
-        self, config: LladaMoeConfig, *, rngs: nnx.Rngs, kernels: Kernels = Kernels(), parallel: Parallel = WHOLE
+        self, config: LladaMoeConfig, index: int, *, rngs: nnx.Rngs, kernels: Kernels = Kernels(),
+        parallel: Parallel = WHOLE,
     ) -> None:
         self.config = config
         # who asks for XLA's experts, which can be split over devices, means the router too
@@ -44,7 +45,7 @@ class Layer(nnx.Module):
         self.attention = Attention(config, rngs=rngs, implementation=kernels.attention, parallel=parallel)
         self.moe_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
         self.moe = MixtureOfExperts(
-            config, feed_forwards(config)[0], route, rngs=rngs, implementation=kernels.moe, parallel=parallel)
+            config, feed_forwards(config)[index], route, rngs=rngs, implementation=kernels.moe, parallel=parallel)
 
     def mix(
         self, x: Float[Array, "B W D"], *, cache: LayerCache | None, **place: Unpack[Place]
@@ -62,18 +63,11 @@ class Layer(nnx.Module):
         return x + mixed, logits
 
 
-def model(
-    config: LladaMoeConfig, *, rngs: nnx.Rngs, kernels: Kernels = Kernels(), parallel: Parallel = WHOLE
-) -> Transformer:
-    """The model with random weights; `parallel` is for one whose parameters are one device's part of them."""
-    return Transformer(
-        config, lambda index: Layer(config, rngs=rngs, kernels=kernels, parallel=parallel),
-        rotary_dim=config.head_dim, rngs=rngs, kernels=kernels, parallel=parallel)
-
-
-FAMILY = Family(config=LladaMoeConfig, model=model, feed_forwards=feed_forwards, published={
-    "llada-moe": LladaMoeConfig(
-        vocab_size=157184, hidden_size=2048, num_layers=16, num_heads=16, num_kv_heads=16, head_dim=128,
-        num_experts=64, experts_per_token=8, expert_size=1024, rms_norm_eps=1e-5, rope_theta=50000.0,
-        max_positions=8192, mask_id=LLADA_MOE_MASK_ID, eos_id=156892, pad_id=156892)})
+FAMILY = Family(
+    config=LladaMoeConfig, layer=Layer, rotary_dim=lambda config: config.head_dim, feed_forwards=feed_forwards,
+    published={
+        "llada-moe": LladaMoeConfig(
+            vocab_size=157184, hidden_size=2048, num_layers=16, num_heads=16, num_kv_heads=16, head_dim=128,
+            num_experts=64, experts_per_token=8, expert_size=1024, rms_norm_eps=1e-5, rope_theta=50000.0,
+            max_positions=8192, mask_id=LLADA_MOE_MASK_ID, eos_id=156892, pad_id=156892)})
 """LLaDA-MoE, and LLaDA-MoE-7B-A1B by name."""

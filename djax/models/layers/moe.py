@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from djax.devices.parallel import WHOLE, Parallel
@@ -17,7 +15,7 @@ from djax.models.config import FeedForward, ModelConfig
 from djax.models.layers.basic import SwiGlu, contract
 from djax.models.layers.parameters import normal, zeros
 from kernels_pallas import moe, top_k_route
-from kernels_pallas.moe.router import top_k_by_maxima
+from kernels_pallas.moe.router import top_k_short
 
 TINY = 1e-20
 """What LLaDA2's own code adds to a sum of scores before it divides by it."""
@@ -77,21 +75,14 @@ class GroupedSigmoid:
         scores = jax.nn.sigmoid(logits)
         biased = scores if bias is None else scores + bias[None]
         rows, size = scores.shape[0], scores.shape[1] // self.num_groups
-        best_two, _ = _top_k(biased.reshape(rows * self.num_groups, size), 2)
-        _, groups = _top_k(best_two.sum(axis=-1).reshape(rows, self.num_groups), self.groups_per_token)
+        best_two, _ = top_k_short(biased.reshape(rows * self.num_groups, size), 2)
+        _, groups = top_k_short(best_two.sum(axis=-1).reshape(rows, self.num_groups), self.groups_per_token)
         kept = (groups[:, :, None] == jnp.arange(self.num_groups, dtype=jnp.int32)[None, None]).any(axis=1)
-        _, expert_ids = _top_k(jnp.where(jnp.repeat(kept, size, axis=1), biased, -jnp.inf), self.experts_per_token)
+        _, expert_ids = top_k_short(jnp.where(jnp.repeat(kept, size, axis=1), biased, -jnp.inf), self.experts_per_token)
         weights = jnp.take_along_axis(scores, expert_ids, axis=1)
         if self.experts_per_token > 1:
             weights = weights / (weights.sum(axis=1, keepdims=True) + TINY)
         return expert_ids, self.scale * weights
-
-
-def _top_k(values: Float[Array, "M n"], k: int) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
-    """`jax.lax.top_k`, without the sort that a CPU would do."""
-    best: tuple[Array, Array] = lax.platform_dependent(
-        values, cpu=partial(top_k_by_maxima, k=k), default=lambda values: tuple(lax.top_k(values, k)))
-    return best
 
 
 class MixtureOfExperts(nnx.Module):

@@ -25,6 +25,22 @@ from djax.models.layers.log_probs import token_log_probs
 from djax.models.layers.parameters import normal, ones
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What djax knows of a model family."""
+
+    config: type[ModelConfig]
+    """Its configurations, which say whose they are."""
+    layer: Callable[..., Any]
+    """(config, index, *, rngs, kernels, parallel) to a layer with random weights; see `Transformer`."""
+    rotary_dim: Callable[[Any], int]
+    """(config) to how many numbers of a head are rotated by its position."""
+    feed_forwards: Callable[[Any], tuple[FeedForward, ...]]
+    """(config) to what stands behind the attention of each layer."""
+    published: Mapping[str, ModelConfig]
+    """Sizes that can be planned for by name, without a download."""
+
+
 class Transformer(nnx.Module):
     """Tokens to hidden states to position-aligned logits (no shift).
 
@@ -34,14 +50,16 @@ class Transformer(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, layer: Callable[[int], Any], *, rotary_dim: int, rngs: nnx.Rngs,
-        kernels: Kernels, parallel: Parallel,
+        self, config: ModelConfig, family: Family, *, rngs: nnx.Rngs, kernels: Kernels, parallel: Parallel
     ) -> None:
-        """Random weights: normal with standard deviation 0.02, norms one. `layer` makes the layer of an index."""
+        """Random weights: normal with standard deviation 0.02, norms one."""
         shape = (config.vocab_size, config.hidden_size)
-        self.config, self.kernels, self.parallel, self.rotary_dim = config, kernels, parallel, rotary_dim
+        self.config, self.kernels, self.parallel = config, kernels, parallel
+        self.rotary_dim = family.rotary_dim(config)
         self.embed = normal(rngs, shape, axes=("vocab", "embed"), dtype=config.dtype)
-        self.layers = nnx.List([layer(index) for index in range(config.num_layers)])
+        self.layers = nnx.List([
+            family.layer(config, index, rngs=rngs, kernels=kernels, parallel=parallel)
+            for index in range(config.num_layers)])
         self.norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
         self.head = normal(rngs, shape, axes=("vocab", "embed"), dtype=config.dtype)
 
@@ -63,14 +81,8 @@ class Transformer(nnx.Module):
             return self.parallel.look_up(self.embed[...], tokens)
 
     def __call__(
-        self,
-        inputs: Float[Array, "B W D"],
-        *,
-        positions: Int[Array, "B W"],
-        key_mask: Bool[Array, "B T"],
-        window_start: Int[Array, ""],
-        write: Bool[Array, "B W"],
-        cache: KVCache | None,
+        self, inputs: Float[Array, "B W D"], *, positions: Int[Array, "B W"], key_mask: Bool[Array, "B T"],
+        window_start: Int[Array, ""], write: Bool[Array, "B W"], cache: KVCache | None,
     ) -> tuple[Float[Array, "B W D"], KVCache | None]:
         """Hidden states of a window after the final norm, and the cache with the window written.
 
@@ -178,17 +190,3 @@ class Transformer(nnx.Module):
                 first = self.parallel.first_id(embed)
                 probabilities = lax.dynamic_slice_in_dim(probabilities, first, embed.shape[0], axis=2)
             return self.parallel.sum((contract("blv,vd->bld", probabilities, embed), split))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """What djax knows of a model family."""
-
-    config: type[ModelConfig]
-    """Its configurations, which say whose they are."""
-    model: Callable[..., Transformer]
-    """(config, *, rngs, kernels, parallel) to the model with random weights."""
-    feed_forwards: Callable[[Any], tuple[FeedForward, ...]]
-    """(config) to what stands behind the attention of each layer."""
-    published: Mapping[str, ModelConfig]
-    """Sizes that can be planned for by name, without a download."""

@@ -11,7 +11,7 @@ from djax.models.config import FeedForward, ModelConfig
 from djax.models.layers.attention import Attention
 from djax.models.layers.basic import SwiGlu, rms_norm
 from djax.models.layers.parameters import ones
-from djax.models.layers.trunk import Family, Transformer
+from djax.models.layers.trunk import Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ def feed_forwards(config: ToyConfig) -> tuple[FeedForward, ...]:
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: ToyConfig, *, rngs: nnx.Rngs, kernels: Any, parallel: Any) -> None:
+    def __init__(self, config: ToyConfig, index: int, *, rngs: nnx.Rngs, kernels: Any, parallel: Any) -> None:
         self.config, self.parallel = config, parallel
         self.attention_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
         self.attention = Attention(config, rngs=rngs, implementation=kernels.attention, parallel=parallel)
@@ -42,11 +42,9 @@ class Layer(nnx.Module):
         return x + self.parallel.sum((self.mlp(rows), self.parallel.ffn)).reshape(x.shape), None
 
 
-def model(config: ToyConfig, **how: Any) -> Transformer:
-    return Transformer(config, lambda index: Layer(config, **how), rotary_dim=config.head_dim, **how)
-
-
-FAMILY = Family(config=ToyConfig, model=model, feed_forwards=feed_forwards, published={
-    "toy": ToyConfig(vocab_size=1000, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
-                     dense_size=128, rms_norm_eps=1e-5, rope_theta=1e4, max_positions=4096, mask_id=999, eos_id=1,
-                     pad_id=1)})
+FAMILY = Family(
+    config=ToyConfig, layer=Layer, rotary_dim=lambda config: config.head_dim, feed_forwards=feed_forwards,
+    published={
+        "toy": ToyConfig(
+            vocab_size=1000, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, dense_size=128,
+            rms_norm_eps=1e-5, rope_theta=1e4, max_positions=4096, mask_id=999, eos_id=1, pad_id=1)})
