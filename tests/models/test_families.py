@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,3 +95,9 @@ def test_nobody_else_knows_it() -> None:
         build(config)
     with pytest.raises(ConfigError, match=r"supported are 'llada' with num_experts \(LLaDA-MoE\) and 'llada2_moe' \(L"):
         convert.model_config(FIELDS)
+
+
+def test_configurations_need_no_jax() -> None:
+    code = "import sys; from djax.models.config import Llada2MoeConfig; print({'jax', 'flax'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
