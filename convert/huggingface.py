@@ -13,8 +13,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from convert.atomic import atomic_directory, require_space
-from convert.hf_config import CONFIG_NAME
-from convert.load import table_of
+from convert.hf_config import CONFIG_NAME, family_of
 from convert.mapping import Share, Table, published_keys
 from convert.safetensors_io import INDEX_NAME, SINGLE_NAME
 from convert.source import write_text_files
@@ -55,7 +54,7 @@ def export(
     leaves = named_leaves(params)
     with atomic_directory(target, overwrite=overwrite, marker=CONFIG_NAME) as temporary:
         require_space(target, sum(leaf.nbytes for leaf in leaves.values()))
-        groups = list(_groups(table_of(config, file=target), leaves, largest_file))
+        groups = list(_groups(family_of(config, file=target).table, leaves, largest_file))
         names = [SINGLE_NAME] if len(groups) == 1 else [
             f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
         for name, group in zip(names, groups, strict=True):

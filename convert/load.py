@@ -13,27 +13,17 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from convert import checkpoint, llada2_moe, llada_moe
-from convert.errors import ConfigError, MissingKeyError
-from convert.hf_config import CONFIG_NAME, read_config
-from convert.mapping import FLOAT_DTYPES, Plan, Table, plan
+from convert import checkpoint
+from convert.errors import MissingKeyError
+from convert.hf_config import CONFIG_NAME, family_of, read_config
+from convert.mapping import FLOAT_DTYPES, Plan, plan
 from convert.placement import read_parameters
 from convert.safetensors_io import SafetensorsReader
 from convert.source import refuse_other_kinds, resolve_source
 from djax.devices.sharding import LogicalAxes, Rules, named_leaves, shardings
 from djax.errors import check_choice
 from djax.models import abstract_params, logical_axes
-from djax.models.config import DTYPES, Llada2MoeConfig, LladaMoeConfig, ModelConfig
-
-_TABLES: dict[type, Table] = {LladaMoeConfig: llada_moe.TABLE, Llada2MoeConfig: llada2_moe.TABLE}
-
-
-def table_of(config: ModelConfig, *, file: Path) -> Table:
-    """How a configuration's checkpoints map to its parameters. Raises ConfigError, naming `file`, without a table."""
-    if type(config) not in _TABLES:
-        raise ConfigError(f"there is no conversion table for a {type(config).__name__}", file=file)
-    return _TABLES[type(config)]
-
+from djax.models.config import DTYPES, ModelConfig
 
 Progress = Callable[[int, int], None]
 """Told (bytes done, bytes in all)."""
@@ -118,7 +108,7 @@ def open_huggingface(
     refuse_other_kinds(directory)
     if config is None:
         config = read_config(directory)
-    table = table_of(config, file=directory)
+    table = family_of(config, file=directory).table
     with SafetensorsReader(directory) as reader:
         # Every layer has keys of its own: checked first, so that a wrong count costs no memory.
         if config.num_layers > len(reader.tensors):

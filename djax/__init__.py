@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from djax.engine.streaming import StreamStep
     from djax.loop.denoise import denoise
     from djax.loop.state import Parts, Result, StopReason
-    from djax.models.kernels import Kernels
+    from djax.models import Kernels
     from djax.parts import (
         cache_policies,
         proposals,
@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Canvas": "contracts.canvas", "DiffusionLM": "api", "Generation": "engine.results", "Kernels": "models.kernels",
+    "Canvas": "contracts.canvas", "DiffusionLM": "api", "Generation": "engine.results", "Kernels": "models",
     "Parts": "loop.state", "Result": "loop.state", "Sampling": "engine.options",
     "StopReason": "loop.state", "StreamStep": "engine.streaming",
     "denoise": "loop.denoise", "load": "api"}

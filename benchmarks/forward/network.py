@@ -17,10 +17,10 @@ from benchmarks.harness.cases import Sizes
 from benchmarks.kernels.ops import normal
 from djax.contracts.cache import KVCache
 from djax.models import Kernels, build, init_params
-from djax.models.layers import rms_norm
-from djax.models.llada_moe import Layer
-from djax.models.moe import route, router_logits
-from kernels_pallas import moe_quantized, quantize_experts, unembed
+from djax.models.families.llada_moe import Layer
+from djax.models.layers.basic import rms_norm
+from djax.models.layers.moe import router_logits
+from kernels_pallas import moe_quantized, quantize_experts, top_k_route, unembed
 
 SHARPNESS = 4.0
 """Weight of the query and key norms. Attention of random weights is flat, and then all masked positions, which share
@@ -200,5 +200,5 @@ def _transform(layer: Layer, x: Float[Array, "B W D"], experts: Any) -> Float[Ar
     """A layer's second half, its experts in 8 bits."""
     rows = rms_norm(x, layer.moe_norm[...], eps=layer.config.rms_norm_eps).reshape(-1, x.shape[-1])
     logits = router_logits(rows, layer.moe.router[...])
-    ids, weights = route(logits, experts_per_token=layer.config.experts_per_token, implementation=None)
+    ids, weights = top_k_route(logits, experts_per_token=layer.config.experts_per_token)
     return x + moe_quantized(rows, ids, weights, experts).reshape(x.shape)

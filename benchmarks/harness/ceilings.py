@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+from djax.models.config import ModelConfig
+from djax.models.families import family_of
+from djax.plan import roofline
 from djax.plan.roofline import Cost
 
 
@@ -27,3 +31,8 @@ class Ceilings:
         return {"share_of_copy_bandwidth": bandwidth, "share_of_matmul_rate": arithmetic,
                 "bound": "memory" if bandwidth >= arithmetic else "arithmetic",
                 "share_of_floor": max(bandwidth, arithmetic)}
+
+
+def moe_cost(config: ModelConfig, rows: float, **options: Any) -> Cost:
+    """The experts of the last layer, and so of any that has some; options as of `djax.plan.roofline.moe`."""
+    return roofline.moe(config, family_of(config).feed_forwards(config)[-1], rows, **options)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from benchmarks.harness import timing
 from benchmarks.harness.cases import Case, Sizes, Unsupported
-from benchmarks.harness.ceilings import Ceilings
+from benchmarks.harness.ceilings import Ceilings, moe_cost
 from djax.plan import roofline
 from djax.plan.roofline import Cost
 from kernels_pallas import quantize_experts
@@ -142,7 +142,7 @@ def moe_op(drawn: Drawn, rows: int, priority: int) -> Op:
     wide = (config.num_experts, config.expert_size, config.hidden_size)
     narrow = (config.num_experts, config.hidden_size, config.expert_size)
     return Op(
-        group="moe", shape={"rows": rows}, priority=priority, cost=roofline.moe(config, rows),
+        group="moe", shape={"rows": rows}, priority=priority, cost=moe_cost(config, rows),
         operands=abstract(((rows, config.hidden_size), dtype), ((rows, slots), "int32"), ((rows, slots), "float32"),
                           (wide, dtype), (wide, dtype), (narrow, dtype)),
         draw=lambda: [(drawn.rows(rows), *drawn.routing(rows), *drawn.experts())])
@@ -154,7 +154,7 @@ def quantized_op(drawn: Drawn, rows: int, priority: int, dtype: str) -> Op:
     experts = jax.eval_shape(partial(quantize_experts, dtype=dtype), *plain.operands[3:])
     return dataclasses.replace(
         plain, shape={"rows": rows, "weights": dtype}, operands=(*plain.operands[:3], experts),
-        cost=roofline.moe(drawn.sizes.config, rows, weight_bytes=1),
+        cost=moe_cost(drawn.sizes.config, rows, weight_bytes=1),
         draw=lambda: [(drawn.rows(rows), *drawn.routing(rows), drawn.quantized(dtype))])
 
 

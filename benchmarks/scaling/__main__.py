@@ -118,7 +118,7 @@ def exchanged(text: str) -> dict[str, Any]:
 
 def compiled_plan(model: str, topology: str, mesh: str) -> dict[str, Any]:
     """`djax plan` of a full-size model, as JSON; what does not fit or cannot be compiled says so."""
-    from djax.models.published import PUBLISHED
+    from djax.models.families import published
     from djax.plan.planner import plan
     from djax.plan.topology import missing_compiler
 
@@ -127,20 +127,20 @@ def compiled_plan(model: str, topology: str, mesh: str) -> dict[str, Any]:
     if reason is not None:
         return {"asked": asked, "skipped": reason}
     try:
-        return {"asked": asked, "plan": plan(PUBLISHED[model], topology=topology, mesh=mesh, name=model).to_json()}
+        return {"asked": asked, "plan": plan(published()[model], topology=topology, mesh=mesh, name=model).to_json()}
     except ValueError as error:
         return {"asked": asked, "refused": str(error)}
 
 
 def estimated_again(row: dict[str, Any]) -> dict[str, Any]:
     """A row on record with today's estimates and roofline beside what the compiler said then."""
-    from djax.models.published import PUBLISHED
+    from djax.models.families import published
     from djax.plan.planner import plan
 
     if "plan" not in row:
         return row
     old, asked = row["plan"], row["asked"]
-    new = plan(PUBLISHED[asked["model"]], topology=asked["topology"], mesh=asked["mesh"], name=asked["model"],
+    new = plan(published()[asked["model"]], topology=asked["topology"], mesh=asked["mesh"], name=asked["model"],
                compiled=False).to_json()
     read = ("collectives", "layer_collectives", "kernels")
     steps = {name: step | {field: old["steps"][name][field] for field in read} for name, step in new["steps"].items()}
@@ -150,14 +150,14 @@ def estimated_again(row: dict[str, Any]) -> dict[str, Any]:
 
 def strong_scaling() -> list[dict[str, Any]]:
     """The roofline of one windowed forward of one row on 1 to 64 devices, each time on the fastest mesh."""
-    from djax.models.published import PUBLISHED
+    from djax.models.families import published
     from djax.plan.request import Request
 
     rows = []
     for model in MODELS:
         for kind in KINDS:
             request = Request.of(
-                PUBLISHED[model], topology=f"{kind}:1", batch=1, prompt_length=176, max_new_tokens=1024, name=model)
+                published()[model], topology=f"{kind}:1", batch=1, prompt_length=176, max_new_tokens=1024, name=model)
             rows += [fastest(request, kind, count) for count in COUNTS]
     return rows
 
@@ -198,9 +198,9 @@ def time_shard(count: int, *, tiny: bool, kind: str) -> dict[str, Any]:
 
     from benchmarks.forward import loop
     from benchmarks.harness.cases import FULL, TINY
+    from benchmarks.scaling.shard import lone_shard
     from djax import cache_policies, strategies
     from djax.devices.sharding import preset_sizes
-    from djax.engine.program import Program
     from djax.plan.request import Request
     from djax.recipes import Recipe
 
@@ -212,8 +212,8 @@ def time_shard(count: int, *, tiny: bool, kind: str) -> dict[str, Any]:
         max_new_tokens=cases.generated, block_length=block, name="shard", recipe=Recipe(
             strategy=strategies.Quota(steps=1), cache_policy=cache_policies.Vicinity(around // 2, around // 2)))
     mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    program = Program(cases.config, mesh=mesh, alone=True)
-    leaves, structure = jax.tree.flatten(program.own_params)
+    denoise, own_params = lone_shard(cases.config, mesh)
+    leaves, structure = jax.tree.flatten(own_params)
     params = jax.tree.unflatten(structure, [
         (0.02 * jax.random.normal(jax.random.key(index), leaf.shape, jnp.float32)).astype(leaf.dtype)
         for index, leaf in enumerate(leaves)])
@@ -224,8 +224,7 @@ def time_shard(count: int, *, tiny: bool, kind: str) -> dict[str, Any]:
         taken = []
         for _ in range(loop.REPEATS + 1):
             started = time.perf_counter()
-            jax.block_until_ready(program.denoise(
-                program.denoiser, params, request.canvas, jax.random.key(0), parts, rows))
+            jax.block_until_ready(denoise(params, request.canvas, jax.random.key(0), parts, rows))
             taken.append(time.perf_counter() - started)
         return report.Spread.of(taken[1:]).median
 
@@ -234,7 +233,7 @@ def time_shard(count: int, *, tiny: bool, kind: str) -> dict[str, Any]:
     modelled = {name: step.exchange_seconds for name, (_, step) in request.on_mesh(sizes).steps.items()}
     return {
         "devices": count, "mesh": sizes, "kind": kind, "tiny": tiny, "device": jax.devices()[0].device_kind,
-        "programs": program.compile_count, "generation_seconds": seconds,
+        "programs": denoise._cache_size(), "generation_seconds": seconds,
         "steps_per_block": cases.steps_per_block, "window_compute_seconds": alone, "refresh_compute_seconds": refresh,
         "modelled_exchange_seconds": modelled, "window_seconds": alone + modelled["window"],
         "tokens_per_second": {

@@ -64,10 +64,11 @@ def find_config(model: str) -> ModelConfig:
     """
     from convert import read_config
     from djax import assets
-    from djax.models.published import PUBLISHED
+    from djax.models.families import published
 
-    if model in PUBLISHED:
-        return PUBLISHED[model]
+    sizes = published()
+    if model in sizes:
+        return sizes[model]
     found = Path(assets.resolve(model)).expanduser()
     if found.is_dir():
         return read_config(found)
@@ -79,7 +80,7 @@ def find_config(model: str) -> ModelConfig:
         if isinstance(cached, str):
             return read_config(Path(cached).parent)
     raise ArgumentError(
-        "MODEL", shown(model), allowed=f"{', '.join(PUBLISHED)}, a checkpoint's directory or a hub id that is in the "
+        "MODEL", shown(model), allowed=f"{', '.join(sizes)}, a checkpoint's directory or a hub id that is in the "
         "cache", advice="give one of them (its config.json is enough)")
 
 

@@ -39,19 +39,14 @@ class Parallel:
     vocab: Axes = ()
     sequence: Axes = ()
     """Positions of a full forward. All of its devices hold weights and cache whole and compute windows whole."""
-    alone: tuple[tuple[str, int], ...] | None = None
-    """Sizes of a mesh that is not there: the program of its first device, alone, without the collectives. What it
-    computes is wrong, what it costs is that device's share."""
 
     def size(self, axes: Axes) -> int:
         """How many parts something is in that is split over these axes."""
-        if self.alone is not None:
-            return math.prod(dict(self.alone)[axis] for axis in axes)
         return math.prod(lax.axis_size(axis) for axis in axes)
 
     def index(self, axes: Axes) -> Int[Array, ""]:
         """Which of the parts this device has."""
-        return lax.axis_index(axes) if axes and self.alone is None else jnp.int32(0)
+        return lax.axis_index(axes) if axes else jnp.int32(0)
 
     def sum(self, *terms: tuple[Array, Axes]) -> Array:
         """The sum of all devices' terms, in one reduction. A term is partial over its axes and whole over others."""
@@ -64,15 +59,11 @@ class Parallel:
             total = counted if total is None else total + counted
         if total is None:
             raise ValueError("terms: got none; give at least one")
-        return lax.psum(total, union) if union and self.alone is None else total
+        return lax.psum(total, union) if union else total
 
     def gather(self, part: Array, axes: Axes, *, axis: int) -> Array:
         """All devices' parts, side by side along an array axis."""
-        if not axes:
-            return part
-        if self.alone is not None:
-            return jnp.concatenate([part] * self.size(axes), axis=axis)
-        return lax.all_gather(part, axes, axis=axis, tiled=True)
+        return lax.all_gather(part, axes, axis=axis, tiled=True) if axes else part
 
     def own_kv_heads(self, weight: Float[Array, "G K D"], *, num_heads: int, ratio: int) -> Float[Array, "g K D"]:
         """Those of the device's key/value heads that its `num_heads` query heads attend to, `ratio` of them to each."""

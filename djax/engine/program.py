@@ -49,7 +49,7 @@ class Program:
     @without_mesh()
     def __init__(
         self, config: ModelConfig, *, mesh: Mesh | None = None, rules: Rules | None = None,
-        kernels: Kernels = Kernels(), alone: bool = False,
+        kernels: Kernels = Kernels(),
     ) -> None:
         """Nothing is compiled yet.
 
@@ -58,7 +58,6 @@ class Program:
             mesh: devices; None is the default one.
             rules: logical axis to mesh axes; None is `djax.sharding.rules_for`.
             kernels: implementations to run on.
-            alone: make the program of the mesh's first device alone, without collectives, to measure its share.
 
         Raises:
             ValueError: as `djax.sharding.shardings` and `djax.models.parallel_on`.
@@ -84,9 +83,6 @@ class Program:
             lambda leaf, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype), abstract,
             self.param_shardings)
         """Shapes of one device's part of every parameter."""
-        if mesh is not None and alone:
-            self.parallel = dataclasses.replace(self.parallel, alone=tuple(mesh.shape.items()))
-            self.mesh, self.row_axes = None, ()
         self.denoiser = ModelDenoiser(nnx.split(build(config, kernels=kernels, parallel=self.parallel))[0])
         """The model as it runs on each device: not for use outside of this program where there is a mesh."""
         self.compile_count = 0

@@ -1,4 +1,4 @@
-"""The architectures, and how a model becomes a denoiser. Names are imported on first use: flags need none of jax."""
+"""The model families, and how a model becomes a denoiser. Names are imported on first use: flags need none of jax."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ if TYPE_CHECKING:
     from djax.devices.parallel import Parallel, parallel_on
     from djax.models.builder import abstract_params, build, init_params, logical_axes
     from djax.models.denoiser import Guided, ModelDenoiser
-    from djax.models.kernels import Kernels, kernels_on
-    from djax.models.llada2_moe import Llada2Moe
-    from djax.models.llada_moe import LladaMoe
+    from djax.models.layers.kernels import Kernels, kernels_on
 
 _HOME = {
-    "Guided": "djax.models.denoiser", "Kernels": "djax.models.kernels", "Llada2Moe": "djax.models.llada2_moe",
-    "LladaMoe": "djax.models.llada_moe", "ModelDenoiser": "djax.models.denoiser", "Parallel": "djax.devices.parallel",
-    "abstract_params": "djax.models.builder", "build": "djax.models.builder", "init_params": "djax.models.builder",
-    "kernels_on": "djax.models.kernels", "logical_axes": "djax.models.builder", "parallel_on": "djax.devices.parallel"}
+    "Guided": "models.denoiser", "Kernels": "models.layers.kernels", "ModelDenoiser": "models.denoiser",
+    "Parallel": "devices.parallel", "abstract_params": "models.builder", "build": "models.builder",
+    "init_params": "models.builder",
+    "kernels_on": "models.layers.kernels", "logical_axes": "models.builder", "parallel_on": "devices.parallel"}
 
 __all__ = [
-    "Guided", "Kernels", "Llada2Moe", "LladaMoe", "ModelDenoiser", "Parallel", "abstract_params", "build",
-    "init_params", "kernels_on", "logical_axes", "parallel_on",
+    "Guided", "Kernels", "ModelDenoiser", "Parallel", "abstract_params", "build", "init_params", "kernels_on",
+    "logical_axes", "parallel_on",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'djax.models' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(f"djax.{_HOME[name]}"), name)

@@ -11,44 +11,27 @@ from jaxtyping import Array, Key
 
 from djax.contracts.ambient import without_mesh
 from djax.devices.parallel import WHOLE, Parallel
-from djax.models.config import Llada2MoeConfig, LladaMoeConfig, ModelConfig
-from djax.models.kernels import Kernels
-from djax.models.llada2_moe import Llada2Moe
-from djax.models.llada_moe import LladaMoe
-
-Model = LladaMoe | Llada2Moe
-"""Union of the architectures."""
-
-_ARCHITECTURES: dict[type, Any] = {LladaMoeConfig: LladaMoe, Llada2MoeConfig: Llada2Moe}
-
-
-def _construct(config: ModelConfig, rngs: nnx.Rngs, kernels: Kernels, parallel: Parallel = WHOLE) -> Model:
-    model: Model = _architecture(config)(config, rngs=rngs, kernels=kernels, parallel=parallel)
-    return model
-
-
-def _architecture(config: ModelConfig) -> Any:
-    if type(config) not in _ARCHITECTURES:
-        raise ValueError(
-            f"config: got a {type(config).__name__}; there are models for "
-            f"{', '.join(kind.__name__ for kind in _ARCHITECTURES)}")
-    return _ARCHITECTURES[type(config)]
+from djax.models.config import ModelConfig
+from djax.models.families import family_of
+from djax.models.layers.kernels import Kernels
+from djax.models.layers.trunk import Transformer
 
 
 @functools.lru_cache(maxsize=32)  # seconds for a hundred layers, and a load asks several times
 def _abstract(config: ModelConfig, kernels: Kernels, parallel: Parallel) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: _construct(config, nnx.Rngs(0), kernels, parallel)))
+    return nnx.split(nnx.eval_shape(
+        lambda: Transformer(config, family_of(config), rngs=nnx.Rngs(0), kernels=kernels, parallel=parallel)))
 
 
 def _own_abstract(config: ModelConfig, kernels: Kernels, parallel: Parallel) -> tuple[nnx.GraphDef, nnx.State]:
     """The graphdef and the shapes, in a tree that the caller may change."""
-    _architecture(config)  # what is no configuration need not be hashable
+    family_of(config)  # what is no configuration need not be hashable
     graphdef, state = _abstract(config, kernels, parallel)
     return graphdef, jax.tree.map(lambda leaf: leaf, state)
 
 
 @without_mesh()
-def build(config: ModelConfig, *, kernels: Kernels = Kernels(), parallel: Parallel = WHOLE) -> Model:
+def build(config: ModelConfig, *, kernels: Kernels = Kernels(), parallel: Parallel = WHOLE) -> Transformer:
     """The model with `jax.ShapeDtypeStruct` in place of every parameter.
 
     `nnx.split(build(config))` gives the graphdef that `ModelDenoiser` holds and the tree that a loader fills. With
@@ -57,7 +40,7 @@ def build(config: ModelConfig, *, kernels: Kernels = Kernels(), parallel: Parall
     Raises:
         ValueError: no model for this kind of configuration.
     """
-    model: Model = nnx.merge(*_own_abstract(config, kernels, parallel))
+    model: Transformer = nnx.merge(*_own_abstract(config, kernels, parallel))
     return model
 
 
@@ -91,4 +74,5 @@ def init_params(
     Raises:
         ValueError: no model for this kind of configuration.
     """
-    return nnx.split(_construct(config, nnx.Rngs(params=key), kernels))
+    return nnx.split(
+        Transformer(config, family_of(config), rngs=nnx.Rngs(params=key), kernels=kernels, parallel=WHOLE))

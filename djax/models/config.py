@@ -1,4 +1,8 @@
-"""Model configurations. Special token ids live here and nowhere else."""
+"""Model configurations. Special token ids live here and nowhere else.
+
+A configuration is numbers and their checks, and is read without jax. A family's file needs flax for its layers, so the
+configurations stand here, one below the other, and not in these files.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,8 @@ LLADA2_BLOCK_LENGTH = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LladaMoeConfig:
-    """LLaDA-MoE: a bidirectional transformer with a mixture of SwiGLU experts in every layer.
+class ModelConfig:
+    """What every family has. A family adds what only it computes with, and its name.
 
     The letters are the axis names of the arrays: V vocabulary, D model width, N layers, H heads,
     G key/value heads, K head width, E experts, F expert width.
@@ -30,9 +34,6 @@ class LladaMoeConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    num_experts: int
-    experts_per_token: int
-    expert_size: int
     rms_norm_eps: float
     rope_theta: float
     max_positions: int
@@ -44,44 +45,68 @@ class LladaMoeConfig:
     other_eos_ids: tuple[int, ...] = ()
     """Further tokens that end a sequence."""
     dtype: str = "bfloat16"
-    """dtype of weights and activations; router, softmax and log-probs are float32 regardless."""
-
-    architecture: str = dataclasses.field(default="llada_moe", init=False)
+    """dtype of weights and activations; router, its bias, softmax and log-probs are float32 regardless."""
+    architecture: str = dataclasses.field(init=False)
+    """The family's name."""
 
     def __post_init__(self) -> None:
-        _at_least_one(self, (
-            "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts",
-            "experts_per_token", "expert_size", "max_positions"))
-        if self.experts_per_token > self.num_experts:
-            raise ArgumentError("experts_per_token", self.experts_per_token,
-                                allowed=f"at most num_experts={self.num_experts}")
-        _check_heads_and_tokens(self)
-        if self.head_dim % 2:
-            raise ArgumentError("head_dim", self.head_dim, allowed="an even width, which half-split RoPE needs")
+        self._at_least_one(
+            "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions")
+        if self.num_heads % self.num_kv_heads:
+            raise ArgumentError("num_kv_heads", self.num_kv_heads, allowed=f"a divisor of num_heads={self.num_heads}")
+        tokens = [(name, getattr(self, name)) for name in ("mask_id", "eos_id", "pad_id")]
+        for name, token in [*tokens, *(("eos_id", token) for token in self.other_eos_ids)]:
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ArgumentError(name, token, allowed=f"a token id in [0, vocab_size={self.vocab_size})")
+
+    def _at_least_one(self, *names: str) -> None:
+        for name in names:
+            check_integer(name, getattr(self, name), 1)
 
     @property
-    def block_length(self) -> None:
-        """None: attention is bidirectional over the whole canvas."""
+    def block_length(self) -> int | None:
+        """Positions of an attention block; None where attention is bidirectional over the whole canvas."""
         return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Llada2MoeConfig:
-    """LLaDA2.0 (and 2.1), mini and flash: causal over blocks, bidirectional inside one; experts behind dense layers.
+class FeedForward:
+    """What stands behind a layer's attention, in numbers; 0 for what there is not."""
 
-    Letters as in `LladaMoeConfig`, which documents the fields that are not documented here.
-    """
+    dense_size: int = 0
+    """Width of what every position goes through: a dense block, or shared experts."""
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LladaMoeConfig(ModelConfig):
+    """LLaDA-MoE: a bidirectional transformer with a mixture of SwiGLU experts in every layer."""
+
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    architecture: str = dataclasses.field(default="llada_moe", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_one("num_experts", "experts_per_token", "expert_size")
+        if self.experts_per_token > self.num_experts:
+            raise ArgumentError("experts_per_token", self.experts_per_token,
+                                allowed=f"at most num_experts={self.num_experts}")
+        if self.head_dim % 2:
+            raise ArgumentError("head_dim", self.head_dim, allowed="an even width, which half-split RoPE needs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llada2MoeConfig(ModelConfig):
+    """LLaDA2.0 (and 2.1), mini and flash: causal over blocks, bidirectional inside one; experts behind dense layers."""
+
     num_dense_layers: int
     """How many layers from the first on have one dense SwiGLU block in place of experts."""
     dense_size: int
     """Its width."""
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     rotary_dim: int
     """How many numbers of a head, from the first on, are rotated by its position."""
     num_experts: int
@@ -95,30 +120,19 @@ class Llada2MoeConfig:
     """How many groups a position's experts may come from."""
     routed_scaling_factor: float
     """What the weights of a position's experts sum to."""
-    rms_norm_eps: float
-    rope_theta: float
-    max_positions: int
-    mask_id: int | None
-    eos_id: int
-    pad_id: int
-    other_eos_ids: tuple[int, ...] = ()
     block_length: int = LLADA2_BLOCK_LENGTH
     """Positions of an attention block: each sees its own block and all before it. Blocks are counted from a row's
     first real token, prompt included."""
-    dtype: str = "bfloat16"
-    """dtype of weights and activations; router, its bias, softmax and log-probs are float32 regardless."""
-
     architecture: str = dataclasses.field(default="llada2_moe", init=False)
 
     def __post_init__(self) -> None:
-        _at_least_one(self, (
-            "vocab_size", "hidden_size", "num_layers", "dense_size", "num_heads", "num_kv_heads", "head_dim",
-            "rotary_dim", "num_experts", "experts_per_token", "expert_size", "num_shared_experts", "num_groups",
-            "groups_per_token", "max_positions", "block_length"))
+        super().__post_init__()
+        self._at_least_one(
+            "dense_size", "rotary_dim", "num_experts", "experts_per_token", "expert_size", "num_shared_experts",
+            "num_groups", "groups_per_token", "block_length")
         if not 0 <= self.num_dense_layers < self.num_layers:
             raise ArgumentError("num_dense_layers", self.num_dense_layers,
                                 allowed=f"a number in [0, num_layers={self.num_layers})")
-        _check_heads_and_tokens(self)
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ArgumentError("rotary_dim", self.rotary_dim,
                                 allowed=f"an even width, which half-split RoPE needs, of at most "
@@ -134,21 +148,3 @@ class Llada2MoeConfig:
         if self.experts_per_token > allowed:
             raise ArgumentError("experts_per_token", self.experts_per_token,
                                 allowed=f"at most {allowed}, the experts of {self.groups_per_token} groups")
-
-
-ModelConfig = LladaMoeConfig | Llada2MoeConfig
-"""Union of the architectures' configurations."""
-
-
-def _at_least_one(config: ModelConfig, names: tuple[str, ...]) -> None:
-    for name in names:
-        check_integer(name, getattr(config, name), 1)
-
-
-def _check_heads_and_tokens(config: ModelConfig) -> None:
-    if config.num_heads % config.num_kv_heads:
-        raise ArgumentError("num_kv_heads", config.num_kv_heads, allowed=f"a divisor of num_heads={config.num_heads}")
-    tokens = [(name, getattr(config, name)) for name in ("mask_id", "eos_id", "pad_id")]
-    for name, token in [*tokens, *(("eos_id", token) for token in config.other_eos_ids)]:
-        if token is not None and not 0 <= token < config.vocab_size:
-            raise ArgumentError(name, token, allowed=f"a token id in [0, vocab_size={config.vocab_size})")

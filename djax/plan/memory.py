@@ -6,6 +6,7 @@ import dataclasses
 
 from djax.errors import check_integer
 from djax.models.config import ModelConfig
+from djax.models.families import family_of
 from djax.plan.roofline import WHOLE, Split
 from djax.recipes import Recipe
 
@@ -57,23 +58,29 @@ def estimate_device_memory(
     width = 4 if config.dtype == "float32" else 2
     own = batch // split.batch
     rows = own * -(-canvas_length // split.sequence)
-    model, routed = config.hidden_size, rows * config.experts_per_token
+    model, passes = config.hidden_size, _passes(config)
     kv = 2 * config.num_layers * own * canvas_length * split.kv_heads(config) * config.head_dim * width
     soft = 2 * own * canvas_length * model * width if recipe.smoothing.soft else 0
-    own_width = config.expert_size // split.ffn
     if vector_memory_bytes is None:
-        experts = routed * (model * width + own_width * 5)
+        experts = max(rows * count * (model * width + size // split.ffn * 5) for count, size in passes)
         # queries' partial results over three parts of the keys, in float32
         other, rest = 0, 3 * rows * (model * width + 4 * config.num_heads // split.heads * config.head_dim)
     else:
         # the experts' results before and after they are weighted; one is in vector memory if there is room
-        wide = routed * model * 4
+        wide = max(rows * count * model * 4 for count, _ in passes)
         inside = wide if wide <= 0.8 * vector_memory_bytes else 0
-        experts = max(2 * wide - inside, routed * (model * width + own_width * 10))
+        experts = max(2 * wide - inside, *(
+            rows * count * (model * width + size // split.ffn * 10) for count, size in passes))
         other, rest = config.num_layers * _PROGRAM_BYTES, 5 * rows * model * width
     return DeviceMemory(
         parameters=parameter_bytes, cache=kv if cached else 0, other=other + own * canvas_length * 32,
         temporaries=experts + rest + soft)
+
+
+def _passes(config: ModelConfig) -> set[tuple[int, int]]:
+    """Through how many experts a position goes, and of what width, in each kind of layer; a dense block is one."""
+    return {(layer.experts_per_token, layer.expert_size) if layer.num_experts else (1, layer.dense_size)
+            for layer in family_of(config).feed_forwards(config)}
 
 
 _PROGRAM_BYTES = 8 * 10**6

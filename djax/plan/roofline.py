@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
-from djax.models.config import Llada2MoeConfig, ModelConfig
+from djax.models.config import FeedForward, ModelConfig
+from djax.models.families import family_of
 from djax.plan.machines import Machine
 
 ACTIVATION_BYTES = 2
@@ -36,6 +37,11 @@ class Cost:
     def seconds(self, machine: Machine) -> float:
         """What binds, memory or arithmetic, at the machine's peak."""
         return max(self.bytes / machine.bytes_per_second, self.flops / machine.flops_per_second)
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum of all."""
+    return sum(costs, Cost(0, 0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,24 +85,26 @@ def experts_read(rows: float, *, num_experts: int, experts_per_token: int) -> fl
 
 
 def moe(
-    config: ModelConfig, rows: float, *, experts: float | None = None, weight_bytes: int = 2, split: Split = WHOLE
+    config: ModelConfig, layer: FeedForward, rows: float, *, experts: float | None = None, weight_bytes: int = 2,
+    split: Split = WHOLE,
 ) -> Cost:
     """One layer's routed experts on `rows` tokens.
 
     Args:
         config: shapes.
+        layer: what stands behind its attention.
         rows: tokens, M.
         experts: how many different experts they chose; expected from uniform routing if None.
         weight_bytes: of an expert's weight; below 2 a float32 scale per output channel is read too.
         split: a device has its share of the experts, and of each one's width.
     """
-    model, width = config.hidden_size, config.expert_size / split.ffn
+    model, width = config.hidden_size, layer.expert_size / split.ffn
     if experts is None:
-        experts = experts_read(rows, num_experts=config.num_experts, experts_per_token=config.experts_per_token)
+        experts = experts_read(rows, num_experts=layer.num_experts, experts_per_token=layer.experts_per_token)
     scales = 4 * (2 * width + model) if weight_bytes < 2 else 0
     weights = experts / split.experts * (3 * width * model * weight_bytes + scales)
     return Cost(bytes=weights + 2 * rows * model * ACTIVATION_BYTES,
-                flops=2 * 3 * width * model * rows * config.experts_per_token / split.experts)
+                flops=2 * 3 * width * model * rows * layer.experts_per_token / split.experts)
 
 
 def dense(config: ModelConfig, rows: float, width: int, *, split: Split = WHOLE) -> Cost:
@@ -114,11 +122,11 @@ def attention(config: ModelConfig, batch: float, window: float, context: int, *,
                 flops=4 * batch * heads * window * context * config.head_dim)
 
 
-def projections(config: ModelConfig, rows: float, *, split: Split = WHOLE) -> Cost:
+def projections(config: ModelConfig, layer: FeedForward, rows: float, *, split: Split = WHOLE) -> Cost:
     """One layer's query, key, value and output projections and its router: their weights, and the cache's new rows."""
     query_width = config.num_heads * config.head_dim / split.heads
     kv_width = split.kv_heads(config) * config.head_dim
-    weights = config.hidden_size * (2 * query_width + 2 * kv_width + config.num_experts)
+    weights = config.hidden_size * (2 * query_width + 2 * kv_width + layer.num_experts)
     return Cost(bytes=(weights + 2 * rows * kv_width) * ACTIVATION_BYTES, flops=2 * rows * weights)
 
 
@@ -155,19 +163,15 @@ def forward_parts(
     own = batch / split.batch
     sequence = split.sequence if window == context else 1
     rows, last = own * window / sequence, own * head_rows
-    layers = config.num_layers
-    routed = partial(moe, config, experts=experts, weight_bytes=weight_bytes, split=split)
-    every_row, routing = Cost(0, 0), layers
-    if isinstance(config, Llada2MoeConfig):
-        routing = layers - config.num_dense_layers
-        shared = partial(dense, config, width=config.num_shared_experts * config.expert_size, split=split)
-        every_row = (dense(config, rows, config.dense_size, split=split) * config.num_dense_layers
-                     + shared(rows) * (routing - 1) + shared(last))
+    layers = family_of(config).feed_forwards(config)
+    behind = list(zip(layers, [rows] * (len(layers) - 1) + [last], strict=True))
     return {
-        "attention": attention(config, own, window / sequence, context, split=split) * layers,
-        "projections": projections(config, rows, split=split) * layers,
-        "experts": routed(rows) * (routing - 1) + routed(last),
-        "dense": every_row,
+        "attention": attention(config, own, window / sequence, context, split=split) * len(layers),
+        "projections": total(projections(config, layer, rows, split=split) for layer in layers),
+        "experts": total(moe(config, layer, some, experts=experts, weight_bytes=weight_bytes, split=split)
+                         for layer, some in behind if layer.num_experts),
+        "dense": total(dense(config, some, layer.dense_size, split=split)
+                       for layer, some in behind if layer.dense_size),
         "head": unembed(config, last, logits_in_memory=logits_in_memory, expected=expected, split=split),
         "embed": Cost(bytes=own * window * config.hidden_size * ACTIVATION_BYTES, flops=0)}
 
@@ -179,7 +183,7 @@ def forward(
     """The sum of `forward_parts` on one device."""
     parts = forward_parts(config, batch=batch, window=window, context=context, head_rows=head_rows, experts=experts,
                           weight_bytes=weight_bytes, logits_in_memory=logits_in_memory)
-    return sum(parts.values(), Cost(0, 0))
+    return total(parts.values())
 
 
 def forward_exchanges(
@@ -197,13 +201,13 @@ def forward_exchanges(
     rows, last = own * window / sequence, own * head_rows
     kv = 2 * own * window * split.kv_heads(config) * config.head_dim * ACTIVATION_BYTES
     experts = split.experts * split.ffn
-    total = partial(Exchange, kind="all-reduce")
+    summed = partial(Exchange, kind="all-reduce")
     planned = (
-        total(nbytes=rows * row, group=split.heads, count=config.num_layers),
-        total(nbytes=rows * row, group=experts, count=config.num_layers - 1),
-        total(nbytes=last * row, group=experts, count=1),
-        total(nbytes=own * window * row, group=split.vocab, count=1),
-        total(nbytes=last * config.hidden_size * 4, group=split.vocab, count=int(expected)),
+        summed(nbytes=rows * row, group=split.heads, count=config.num_layers),
+        summed(nbytes=rows * row, group=experts, count=config.num_layers - 1),
+        summed(nbytes=last * row, group=experts, count=1),
+        summed(nbytes=own * window * row, group=split.vocab, count=1),
+        summed(nbytes=last * config.hidden_size * 4, group=split.vocab, count=int(expected)),
         Exchange(kind="all-gather", nbytes=36 * last * split.vocab, group=split.vocab, count=1),
         Exchange(kind="all-gather", nbytes=kv, group=sequence, count=config.num_layers),
         Exchange(kind="all-gather", nbytes=own * window * row, group=sequence, count=1))
@@ -229,7 +233,7 @@ class Estimate:
     @property
     def cost(self) -> Cost:
         """Of one device, all parts."""
-        return sum(self.parts.values(), Cost(0, 0))
+        return total(self.parts.values())
 
 
 def estimate_forward(

@@ -17,7 +17,7 @@ from djax.contracts.ambient import on_device, without_mesh
 from djax.contracts.types import Denoiser, Hidden, Params
 from djax.engine.weights import check_alive
 from djax.models import ModelDenoiser
-from djax.models.log_probs import token_log_probs
+from djax.models.layers.log_probs import token_log_probs
 from djax.parts.transforms import ForbidTokens
 from djax.rollouts.types import MaskedStates, Rollout
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from djax.contracts import struct
 from djax.contracts.types import Params
-from djax.models.moe import route
+from djax.models.layers.moe import SoftmaxTopK
 
 SMALLEST_NOISE = 1e-3
 """Noise levels are drawn from [it, 1]: below, a weight of 1/t is all variance and hardly any signal."""
@@ -94,7 +94,8 @@ def router_losses(
     count = jnp.maximum(valid.sum(dtype=jnp.float32), 1.0)
     mean = lambda values: jnp.sum(jnp.where(valid[..., None], values, 0.0), axis=(1, 2)) / count  # noqa: E731
     shares, experts = jax.nn.softmax(logits, axis=-1), logits.shape[-1]
-    chosen, _ = route(jax.lax.stop_gradient(logits).reshape(-1, experts), experts_per_token=experts_per_token)
+    route = SoftmaxTopK(experts_per_token=experts_per_token)
+    chosen, _ = route(jax.lax.stop_gradient(logits).reshape(-1, experts))
     counts = jax.nn.one_hot(chosen, experts, dtype=jnp.float32).sum(axis=-2).reshape(logits.shape)
     used = mean(counts / experts_per_token)  # [N, E], sums to one
     balance = experts * jnp.sum(used * mean(shares), axis=-1)

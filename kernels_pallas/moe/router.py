@@ -28,11 +28,16 @@ def top_k_reference(logits: Float[Array, "M E"], experts_per_token: int) -> Choi
 
 
 def top_k_xla(logits: Float[Array, "M E"], experts_per_token: int) -> Choice:
-    """See `top_k_route`: XLA sorts for a top-k of short rows, which a CPU does slowly."""
-    weights, expert_ids = lax.platform_dependent(
-        jax.nn.softmax(logits, axis=-1), cpu=partial(top_k_by_maxima, k=experts_per_token),
-        default=lambda shares: tuple(lax.top_k(shares, experts_per_token)))
+    """See `top_k_route`."""
+    weights, expert_ids = top_k_short(jax.nn.softmax(logits, axis=-1), experts_per_token)
     return expert_ids, weights
+
+
+def top_k_short(values: Float[Array, "M n"], k: int) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
+    """`jax.lax.top_k`, for which XLA sorts, as a CPU does slowly: there without."""
+    best: tuple[Array, Array] = lax.platform_dependent(
+        values, cpu=partial(top_k_by_maxima, k=k), default=lambda values: tuple(lax.top_k(values, k)))
+    return best
 
 
 def top_k_by_maxima(shares: Float[Array, "M E"], *, k: int) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:

@@ -25,7 +25,7 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import report as gpu_report
 from benchmarks.harness import timing
 from benchmarks.harness.cases import BROKEN, FULL, TINY, Case, Journal, Unsupported, in_progress, run_cases
-from benchmarks.harness.ceilings import Ceilings
+from benchmarks.harness.ceilings import Ceilings, moe_cost
 from benchmarks.kernels import baselines, checks
 from benchmarks.kernels.ops import Drawn, attention_op, chained, moe_op
 from djax.plan import roofline
@@ -62,7 +62,7 @@ def test_the_head_is_644_megabytes() -> None:
 
 
 def test_eight_bit_experts_are_half_the_bytes_and_their_scales() -> None:
-    wide, narrow = (roofline.moe(FULL.config, 96, weight_bytes=size) for size in (2, 1))
+    wide, narrow = (moe_cost(FULL.config, 96, weight_bytes=size) for size in (2, 1))
     assert wide.flops == narrow.flops == 96 * 8 * 3 * 2 * 1024 * 2048
     scales = 64 * (2 * 1024 + 2048) * 4
     rows = 2 * 96 * 2048 * 2

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.scaling import __main__ as scaling
 from benchmarks.scaling import report as scaling_report
-from djax.models.published import PUBLISHED
+from djax.models.families import published
 from djax.plan.request import Request
 
 
@@ -39,7 +39,7 @@ def test_fake_devices_decode_what_one_does(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_fastest_mesh_is_found() -> None:
-    request = Request.of(PUBLISHED["llada-moe"], topology="v5e:1", batch=1, prompt_length=176, max_new_tokens=1024)
+    request = Request.of(published()["llada-moe"], topology="v5e:1", batch=1, prompt_length=176, max_new_tokens=1024)
     one, eight = (scaling.fastest(request, "v5e", count) for count in (1, 8))
     assert one["window_exchange_seconds"] == 0
     assert one["fits"]

@@ -22,8 +22,8 @@ from convert.errors import (
     TensorShapeError,
     UnexpectedKeyError,
 )
+from convert.families import llada2_moe
 from convert.hf_config import hf_fields, model_config
-from convert.llada2_moe import TABLE
 from convert.mapping import Rule, Table, plan
 from djax.devices.sharding import named_leaves
 from djax.models.config import LLADA2_MOE_MASK_ID, Llada2MoeConfig
@@ -31,6 +31,7 @@ from tests.convert.test_mapping import Tensor
 from tests.support import golden_llada2 as golden
 from tests.support.builders import tree_equal
 
+TABLE = llada2_moe.FAMILY.table
 FIELDS: dict[str, Any] = json.loads((golden.GOLDENS / "config.json").read_text())
 PUBLISHED = {
     **FIELDS, "vocab_size": 157184, "hidden_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 16,

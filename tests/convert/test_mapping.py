@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.errors import MappingError, MissingKeyError, TensorDtypeError, TensorShapeError, UnexpectedKeyError
-from convert.llada_moe import TABLE
+from convert.families import llada_moe
 from convert.mapping import Rule, Table, plan
 from tests.support import builders
 
+TABLE = llada_moe.FAMILY.table
 FILE, SOURCE = Path("part.safetensors"), Path("directory")
 
 

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 from djax.contracts.cache import LayerCache
-from djax.models.attention import Attention
-from djax.models.layers import rms_norm
+from djax.models.layers.attention import Attention
+from djax.models.layers.basic import rms_norm
 from djax.plan.topology import compile_for, devices, missing_compiler
 from kernels_pallas import attention, attention_choice
 from kernels_pallas.attention.support import unsupported_by_cudnn

@@ -14,7 +14,7 @@ from djax.contracts import struct
 from djax.contracts.canvas import Canvas
 from djax.contracts.types import Candidates, HeadQuery
 from djax.loop.denoise import denoise
-from djax.models.head import read_head
+from djax.models.layers.head import read_head
 from tests.support import toy
 
 BATCH, LENGTH, VOCAB = 3, 5, 13

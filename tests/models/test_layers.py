@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax.models.layers import contract, rms_norm, rotary_angles, rotate
-from djax.models.moe import route, router_logits
+from djax.models.layers.basic import contract, rms_norm, rotary_angles, rotate
+from djax.models.layers.moe import SoftmaxTopK, router_logits
 
 SEED = 11
 
@@ -41,7 +41,7 @@ def test_router_weights_are_shares_of_all_experts() -> None:
     scores = np.exp(x @ router.T)
     shares = scores / scores.sum(1, keepdims=True)
     logits = router_logits(jnp.asarray(x, jnp.float32), jnp.asarray(router, jnp.float32))
-    ids, weights = route(logits, experts_per_token=2)
+    ids, weights = SoftmaxTopK(experts_per_token=2)(logits)
     best = np.argsort(-shares, axis=1)[:, :2]
     np.testing.assert_array_equal(ids, best)
     np.testing.assert_allclose(weights, np.take_along_axis(shares, best, 1), rtol=1e-5)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from djax.models import Kernels, Llada2Moe, ModelDenoiser, abstract_params, build, init_params, logical_axes
+from djax.models import Kernels, ModelDenoiser, abstract_params, build, init_params, logical_axes
 from djax.models.config import Llada2MoeConfig
-from djax.models.llada2_moe import route_in_groups
+from djax.models.layers.moe import GroupedSigmoid
+from djax.models.layers.trunk import Transformer
 from tests.support import golden_llada2 as golden
 
 LENGTH, BLOCK = 24, 8
@@ -131,7 +132,7 @@ def test_a_mask_for_each_query_says_all(params: Any, tokens: np.ndarray) -> None
     blocks = np.arange(LENGTH) // BLOCK
 
     @nnx.jit
-    def read(model: Llada2Moe, mask: Any) -> Any:
+    def read(model: Transformer, mask: Any) -> Any:
         return model.hidden_and_router(jnp.asarray(tokens), positions=positions, key_mask=mask, remat=False)
 
     plain, router = read(model, jnp.ones((2, LENGTH), bool))
@@ -259,8 +260,7 @@ def test_routing_is_that_of_a_plain_loop(experts: int, k: int, groups: int, kept
     logits = rng.normal(size=(50, experts)).astype(np.float32) * 2
     bias = rng.normal(size=experts).astype(np.float32)  # far larger than a trained one: half of the sums are negative
     ids, weights = jax.jit(
-        lambda logits, bias: route_in_groups(
-            logits, bias, experts_per_token=k, num_groups=groups, groups_per_token=kept, scale=2.5))(logits, bias)
+        GroupedSigmoid(experts_per_token=k, num_groups=groups, groups_per_token=kept, scale=2.5))(logits, bias)
     assert weights.dtype == jnp.float32
     biased = 0
     for row in range(50):
@@ -273,16 +273,16 @@ def test_routing_is_that_of_a_plain_loop(experts: int, k: int, groups: int, kept
 
 
 def test_of_equal_experts_and_groups_the_first_are_taken() -> None:
-    ids, weights = route_in_groups(
-        jnp.zeros((1, 8)), jnp.zeros(8), experts_per_token=3, num_groups=4, groups_per_token=2, scale=1.5)
+    route = GroupedSigmoid(experts_per_token=3, num_groups=4, groups_per_token=2, scale=1.5)
+    ids, weights = route(jnp.zeros((1, 8)), jnp.zeros(8))
     assert ids.tolist() == [[0, 1, 2]]
     np.testing.assert_allclose(weights, [[0.5, 0.5, 0.5]])
 
 
 def test_a_row_of_nans_has_experts_and_no_weights() -> None:
     logits = jnp.zeros((2, 8)).at[0].set(jnp.nan)
-    ids, weights = route_in_groups(
-        logits, jnp.zeros(8), experts_per_token=2, num_groups=4, groups_per_token=2, scale=1.0)
+    route = GroupedSigmoid(experts_per_token=2, num_groups=4, groups_per_token=2, scale=1.0)
+    ids, weights = route(logits, jnp.zeros(8))
     assert ((ids >= 0) & (ids < 8)).all()
     assert np.isnan(np.asarray(weights[0])).all()
     np.testing.assert_allclose(weights[1], [0.5, 0.5])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from djax.contracts.types import Forbidden
-from djax.models.log_probs import token_log_probs
+from djax.models.layers.log_probs import token_log_probs
 
 SEED = 5
 VOCAB = 37

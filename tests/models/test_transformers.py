@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from djax.models import LladaMoe, build
+from djax.models import build
 from djax.models.config import LladaMoeConfig
-from djax.models.layers import rotary_angles
+from djax.models.layers.basic import rotary_angles
+from djax.models.layers.trunk import Transformer
 from tests.support import golden
 
 pytestmark = pytest.mark.usefixtures("oracle_libraries")
@@ -54,7 +55,7 @@ def golden_oracle() -> Any:
     return oracle
 
 
-def model_of(oracle: Any, config: LladaMoeConfig) -> LladaMoe:
+def model_of(oracle: Any, config: LladaMoeConfig) -> Transformer:
     """Our model with the oracle's weights."""
     heads, groups, width, model = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
     state = {name: value.detach().float().numpy() for name, value in oracle.state_dict().items()}
@@ -105,17 +106,18 @@ def context(tokens: np.ndarray) -> dict[str, Any]:
 
 
 @nnx.jit
-def _run_model(model: LladaMoe, tokens: Any, context: dict[str, Any]) -> Any:
+def _run_model(model: Transformer, tokens: Any, context: dict[str, Any]) -> Any:
     return model.unembed(model(model.embed_tokens(tokens), cache=None, **context)[0])
 
 
 @nnx.jit
 def _run_layer(layer: Any, x: Any, positions: Any, context: dict[str, Any]) -> Any:
     rotation = rotary_angles(positions, head_dim=layer.config.head_dim, theta=layer.config.rope_theta)
-    return layer(x, rotation=rotation, cache=None, **context)[0]
+    x, _ = layer.mix(x, rotation=rotation, cache=None, **context)
+    return layer.transform(x)[0]
 
 
-def logits_of(model: LladaMoe, tokens: np.ndarray) -> np.ndarray:
+def logits_of(model: Transformer, tokens: np.ndarray) -> np.ndarray:
     padded = np.pad(tokens, ((0, 0), (0, LENGTH - tokens.shape[1])))
     logits = _run_model(model, jnp.asarray(padded), context(tokens))
     return np.asarray(logits, np.float64)[:, : tokens.shape[1]]

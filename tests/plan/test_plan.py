@@ -15,7 +15,7 @@ from djax.cli.app import app
 from djax.errors import ArgumentError
 from djax.models import abstract_params
 from djax.models.config import ModelConfig
-from djax.models.published import PUBLISHED
+from djax.models.families import published
 from djax.plan import hlo, roofline
 from djax.plan.machines import MACHINES
 from djax.plan.planner import Plan, compile_program, plan
@@ -23,6 +23,7 @@ from djax.plan.request import DoesNotFit, Request, count_steps
 from djax.plan.roofline import Split
 from djax.plan.topology import device_count, devices, larger_than, missing_compiler
 
+PUBLISHED = published()
 LLADA_MOE = PUBLISHED["llada-moe"]
 HARD = recipes.dinfer(smoothing=None)
 

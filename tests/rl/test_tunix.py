@@ -228,7 +228,7 @@ def test_wrong_arguments_are_named(cluster, lm, mesh):
     with pytest.raises(ValueError, match="top_p: got 7"):
         engine.generate(TEXTS, dataclasses.replace(CONFIG, top_p=7.0))
     arguments = {"tokenizer": None, "mesh": mesh, "rollout_config": CONFIG, "lm": lm}
-    with pytest.raises(ValueError, match="rollout_actor: got a LladaMoe; allowed a DiffusionPolicy"):
+    with pytest.raises(ValueError, match="rollout_actor: got a Transformer; allowed a DiffusionPolicy"):
         adapter.DiffusionRollout(rollout_actor=cluster.actor_trainer.model.model, **arguments)
     with pytest.raises(ValueError, match="filter_types: got LoRAParam; allowed Param"):
         engine.update_params({}, (nnx.LoRAParam,))

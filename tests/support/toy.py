@@ -16,7 +16,7 @@ import numpy as np
 from djax.contracts import struct
 from djax.contracts.cache import KVCache
 from djax.contracts.types import HeadQuery, Reading
-from djax.models.head import read_head
+from djax.models.layers.head import read_head
 
 VOCAB = 24
 WIDTH = 16

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict, Unpack
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -10,9 +12,21 @@ from jaxtyping import Array, Bool, Float, Int
 from djax.contracts.cache import LayerCache
 from djax.devices.parallel import WHOLE, Parallel
 from djax.models.config import ModelConfig
-from djax.models.layers import Rotation, from_heads, rms_norm, rotate, to_heads
-from djax.models.parameters import normal, ones
+from djax.models.layers.basic import Rotation, from_heads, rms_norm, rotate, to_heads
+from djax.models.layers.parameters import normal, ones
 from kernels_pallas import attention
+
+
+class Place(TypedDict):
+    """Where a window of W positions stands on its canvas of T."""
+
+    rotation: Rotation
+    """What queries and keys are turned by at the window's positions."""
+    key_mask: Bool[Array, "B T"] | Bool[Array, "B W T"]
+    """Positions that are seen by all, or by each."""
+    window_start: Int[Array, ""]
+    write: Bool[Array, "B W"]
+    """Positions whose keys and values go to the cache."""
 
 
 class Attention(nnx.Module):
@@ -38,19 +52,13 @@ class Attention(nnx.Module):
         self.key_norm = ones((width,), axes=("head_dim",), dtype=dtype)
 
     def __call__(
-        self,
-        x: Float[Array, "B w D"],
-        *,
-        rotation: Rotation,
-        key_mask: Bool[Array, "B T"] | Bool[Array, "B W T"],
-        window_start: Int[Array, ""],
-        write: Bool[Array, "B W"],
-        cache: LayerCache | None,
+        self, x: Float[Array, "B w D"], *, cache: LayerCache | None, **place: Unpack[Place]
     ) -> tuple[Float[Array, "B w D"], LayerCache | None]:
         """The block's output, without the residual, and the cache after the window was written.
 
         `w` is W, or the device's part of it where the positions of a full forward are split.
         """
+        rotation, window_start, write = place["rotation"], place["window_start"], place["write"]
         eps, split = self.config.rms_norm_eps, x.shape[1] != write.shape[1]
         query = rms_norm(to_heads(x, self.query[...]), self.query_norm[...], eps=eps)
         key_weight, value_weight = (self.own_kv(weight[...]) for weight in (self.key, self.value))
@@ -65,7 +73,8 @@ class Attention(nnx.Module):
         start = window_start if cache is not None else jnp.int32(0)
         if split:
             start = start + self.parallel.index(self.parallel.sequence) * x.shape[1]
-        mixed = self._attend(query, key, value, key_mask=key_mask, start=start, cached=cache is not None)
+        mixed = self._attend(
+            query, key, value, key_mask=place["key_mask"], start=start, cached=cache is not None)
         return self.parallel.sum((from_heads(mixed, self.output[...]), self.parallel.heads)), cache
 
     def _attend(

@@ -1,11 +1,14 @@
-"""What the architectures share: contractions, RMSNorm and rotary positions."""
+"""What the families share: contractions, RMSNorm, a dense block and rotary positions."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from djax.models.layers.parameters import normal
 
 
 def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
@@ -41,6 +44,20 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], *, eps: float
     variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
     scale = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
     return scale * (wide * lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+class SwiGlu(nnx.Module):
+    """A dense SwiGLU block of width F; over a mesh its result is partial: the sum of all `ffn` devices' is whole."""
+
+    def __init__(self, model: int, width: int, *, rngs: nnx.Rngs, dtype: str) -> None:
+        self.gate = normal(rngs, (width, model), axes=("ffn", "embed"), dtype=dtype)
+        self.up = normal(rngs, (width, model), axes=("ffn", "embed"), dtype=dtype)
+        self.down = normal(rngs, (model, width), axes=("embed", "ffn"), dtype=dtype)
+
+    def __call__(self, rows: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        """down (silu(gate x) * (up x)) of each row; products in float32, hidden units rounded to x's dtype."""
+        gate, up = (contract("md,fd->mf", rows, weight[...], dtype=jnp.float32) for weight in (self.gate, self.up))
+        return contract("mf,df->md", (jax.nn.silu(gate) * up).astype(rows.dtype), self.down[...])
 
 
 Rotation = tuple[Float[Array, "B W K"], Float[Array, "B W K"]]

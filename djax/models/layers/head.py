@@ -27,7 +27,7 @@ def read_head(
         temperature=None if noise is None else noise.temperature,
         noise_keys=None if noise is None else rows(noise.keys), embedding=embed,
         first_id=parallel.first_id(head), implementation=implementation)
-    if parallel.vocab and parallel.alone is None:
+    if parallel.vocab:
         got = combine_readouts(
             got, axis_name=parallel.vocab, temperature=None if noise is None else noise.temperature)
     fields = {name: getattr(got, name).reshape(shape) for name in (

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from djax.contracts.types import FORBID_NOTHING, Forbidden
-from djax.models.layers import contract
+from djax.models.layers.basic import contract
 
 
 def _chunk(

@@ -1,10 +1,11 @@
-"""What the architectures have in common around their layers: embedding, cache, final norm, head and its readings."""
+"""What the families have in common around their layers: embedding, cache, final norm, head and its readings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,80 +13,53 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from djax.contracts.cache import KVCache, LayerCache
+from djax.contracts.cache import KVCache
 from djax.contracts.types import HeadQuery, Reading
 from djax.devices.parallel import Parallel
-from djax.models.attention import Attention
-from djax.models.config import ModelConfig
-from djax.models.head import read_head
-from djax.models.kernels import Kernels
-from djax.models.layers import Rotation, contract, rms_norm, rotary_angles
-from djax.models.log_probs import token_log_probs
-from djax.models.parameters import normal, ones
+from djax.models.config import FeedForward, ModelConfig
+from djax.models.layers.attention import Place
+from djax.models.layers.basic import Rotation, contract, rms_norm, rotary_angles
+from djax.models.layers.head import read_head
+from djax.models.layers.kernels import Kernels
+from djax.models.layers.log_probs import token_log_probs
+from djax.models.layers.parameters import normal, ones
 
 
-class Layer(nnx.Module):
-    """A layer's first half, attention, in which positions meet. The second half, `transform`, is a subclass's."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What djax knows of a model family."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, kernels: Kernels, parallel: Parallel) -> None:
-        self.config, self.parallel = config, parallel
-        self.attention_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
-        self.attention = Attention(config, rngs=rngs, implementation=kernels.attention, parallel=parallel)
-
-    def transform(self, x: Float[Array, "B W D"]) -> tuple[Float[Array, "B W D"], Float[Array, "B W E"] | None]:
-        """The second half, each position by itself; and the router's logits, None where there is no router."""
-        raise NotImplementedError
-
-    def __call__(
-        self,
-        x: Float[Array, "B W D"],
-        *,
-        rotation: Rotation,
-        key_mask: Bool[Array, "B T"],
-        window_start: Int[Array, ""],
-        write: Bool[Array, "B W"],
-        cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
-        """The residual stream after the layer, and the layer's cache."""
-        x, cache = self.mix(
-            x, rotation=rotation, key_mask=key_mask, window_start=window_start, write=write, cache=cache)
-        return self.transform(x)[0], cache
-
-    def mix(
-        self,
-        x: Float[Array, "B W D"],
-        *,
-        rotation: Rotation,
-        key_mask: Bool[Array, "B T"],
-        window_start: Int[Array, ""],
-        write: Bool[Array, "B W"],
-        cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B W D"], LayerCache | None]:
-        """The layer's first half, attention: the residual stream after it, and the layer's cache."""
-        with jax.named_scope("attention"):
-            mixed, cache = self.attention(
-                rms_norm(x, self.attention_norm[...], eps=self.config.rms_norm_eps), rotation=rotation,
-                key_mask=key_mask, window_start=window_start, write=write, cache=cache)
-        return x + mixed, cache
+    config: type[ModelConfig]
+    """Its configurations, which say whose they are."""
+    layer: Callable[..., Any]
+    """(config, index, *, rngs, kernels, parallel) to a layer with random weights; see `Transformer`."""
+    rotary_dim: Callable[[Any], int]
+    """(config) to how many numbers of a head are rotated by its position."""
+    feed_forwards: Callable[[Any], tuple[FeedForward, ...]]
+    """(config) to what stands behind the attention of each layer."""
+    published: Mapping[str, ModelConfig]
+    """Sizes that can be planned for by name, without a download."""
 
 
 class Transformer(nnx.Module):
     """Tokens to hidden states to position-aligned logits (no shift).
 
     A layer has two halves: `mix`, attention, in which positions meet, and `transform`, which takes each position by
-    itself and also gives the router's logits (None where there is no router). Called, it does both. Its `attention`
-    has the weight `key` and the method `own_kv`.
+    itself and also gives the router's logits (None where there is no router). Its `attention` has the weight `key`
+    and the method `own_kv`.
     """
 
     def __init__(
-        self, config: ModelConfig, layer: Callable[[int], Any], *, rotary_dim: int, rngs: nnx.Rngs,
-        kernels: Kernels, parallel: Parallel,
+        self, config: ModelConfig, family: Family, *, rngs: nnx.Rngs, kernels: Kernels, parallel: Parallel
     ) -> None:
-        """Random weights: normal with standard deviation 0.02, norms one. `layer` makes the layer of an index."""
+        """Random weights: normal with standard deviation 0.02, norms one."""
         shape = (config.vocab_size, config.hidden_size)
-        self.config, self.kernels, self.parallel, self.rotary_dim = config, kernels, parallel, rotary_dim
+        self.config, self.kernels, self.parallel = config, kernels, parallel
+        self.rotary_dim = family.rotary_dim(config)
         self.embed = normal(rngs, shape, axes=("vocab", "embed"), dtype=config.dtype)
-        self.layers = nnx.List([layer(index) for index in range(config.num_layers)])
+        self.layers = nnx.List([
+            family.layer(config, index, rngs=rngs, kernels=kernels, parallel=parallel)
+            for index in range(config.num_layers)])
         self.norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)
         self.head = normal(rngs, shape, axes=("vocab", "embed"), dtype=config.dtype)
 
@@ -107,14 +81,8 @@ class Transformer(nnx.Module):
             return self.parallel.look_up(self.embed[...], tokens)
 
     def __call__(
-        self,
-        inputs: Float[Array, "B W D"],
-        *,
-        positions: Int[Array, "B W"],
-        key_mask: Bool[Array, "B T"],
-        window_start: Int[Array, ""],
-        write: Bool[Array, "B W"],
-        cache: KVCache | None,
+        self, inputs: Float[Array, "B W D"], *, positions: Int[Array, "B W"], key_mask: Bool[Array, "B T"],
+        window_start: Int[Array, ""], write: Bool[Array, "B W"], cache: KVCache | None,
     ) -> tuple[Float[Array, "B W D"], KVCache | None]:
         """Hidden states of a window after the final norm, and the cache with the window written.
 
@@ -131,35 +99,29 @@ class Transformer(nnx.Module):
         return self.finish(x), cache
 
     def trunk(
-        self,
-        inputs: Float[Array, "B W D"],
-        *,
-        rotation: Rotation,
-        key_mask: Bool[Array, "B T"],
-        window_start: Int[Array, ""],
-        write: Bool[Array, "B W"],
-        cache: KVCache | None,
+        self, inputs: Float[Array, "B W D"], *, cache: KVCache | None, **place: Unpack[Place]
     ) -> tuple[Float[Array, "B W D"], KVCache | None]:
         """All of the network in which positions meet: up to the last layer's second half. See `__call__`.
 
         What remains, `finish`, takes each position by itself, so it need only run where it is read.
         """
         canvas = inputs.shape[1] if cache is None else cache.length
-        if key_mask.shape[1] != canvas:
+        covered = place["key_mask"].shape[1]
+        if covered != canvas:
             raise ValueError(
-                f"key_mask: got {key_mask.shape[1]} positions; it must cover the canvas, which is "
+                f"key_mask: got {covered} positions; it must cover the canvas, which is "
                 + (f"the window of {canvas} without a cache" if cache is None else f"the cache's {canvas}"))
         x, window = inputs.astype(self.embed[...].dtype), inputs.shape[1]
         split = bool(self.parallel.sequence) and window == canvas > 1
         if split:
-            x, rotation = self.parallel.positions(x), jax.tree.map(self.parallel.positions, rotation)
+            x = self.parallel.positions(x)
+            place["rotation"] = jax.tree.map(self.parallel.positions, place["rotation"])
         layer_caches = []
         for index, layer in enumerate(self.layers):
-            step = layer if index < len(self.layers) - 1 else layer.mix
             with jax.named_scope(f"layer_{index}"):
-                x, layer_cache = step(
-                    x, rotation=rotation, key_mask=key_mask, window_start=window_start, write=write,
-                    cache=None if cache is None else cache.layers[index])
+                x, layer_cache = layer.mix(x, cache=None if cache is None else cache.layers[index], **place)
+                if index < len(self.layers) - 1:
+                    x, _ = layer.transform(x)
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
         if split:
@@ -195,7 +157,8 @@ class Transformer(nnx.Module):
                 x, of_layer = (jax.checkpoint(step) if remat else step)(x)
             if of_layer is not None:
                 logits.append(of_layer)
-        return rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps), jnp.stack(logits)
+        routers = jnp.stack(logits) if logits else jnp.zeros((0, *tokens.shape, 0), jnp.float32)
+        return rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps), routers
 
     def log_probs(
         self, hidden: Float[Array, "B L D"], tokens: Int[Array, "B L"], *, vocab_chunk: int = 8192

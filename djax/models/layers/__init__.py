@@ -1,0 +1,1 @@
+"""What the families' layers are made of."""
