@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -67,13 +68,20 @@ class Description:
     """What a checkpoint holds, as read from its headers."""
 
     directory: Path
+    format: str
+    """"huggingface", or "djax" for a directory that `convert` wrote."""
     config: ModelConfig
     parameters: tuple[Parameter, ...]
     ignored: tuple[str, ...]
     """Checkpoint keys that no parameter needs."""
     files: tuple[str, ...]
-    nbytes: int
-    """Bytes of the stored tensors."""
+    bytes_per_dtype: Mapping[str, int]
+    """Bytes of the stored tensors, the ignored ones too, by the name of their dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(self.bytes_per_dtype.values())
 
 
 def check_dtype(dtype: str | None) -> str | None:
@@ -187,6 +195,7 @@ def describe(source: str | os.PathLike[str], config: ModelConfig | None = None) 
         used = {piece.key for pieces in opened.plan.values() for piece in pieces}
         return Description(
             directory=directory,
+            format="huggingface",
             config=opened.config,
             parameters=tuple(
                 Parameter(
@@ -195,8 +204,17 @@ def describe(source: str | os.PathLike[str], config: ModelConfig | None = None) 
                 for name, pieces in opened.plan.items()),
             ignored=tuple(key for key in opened.reader.tensors if key not in used),
             files=tuple(path.name for path in opened.reader.files),
-            nbytes=opened.reader.nbytes,
+            bytes_per_dtype=_bytes_per_dtype(
+                (FLOAT_DTYPES.get(tensor.dtype, tensor.dtype), tensor.nbytes)
+                for tensor in opened.reader.tensors.values()),
         )
+
+
+def _bytes_per_dtype(tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for dtype, nbytes in tensors:
+        total[dtype] += nbytes
+    return dict(total)
 
 
 def _describe_converted(directory: Path) -> Description:
@@ -207,11 +225,13 @@ def _describe_converted(directory: Path) -> Description:
     leaves = named_leaves(abstract)
     return Description(
         directory=directory,
+        format="djax",
         config=config,
         parameters=tuple(
             Parameter(name=name, shape=tuple(leaf.shape), axes=axes[name], keys=(name,))
             for name, leaf in leaves.items()),
         ignored=(),
         files=tuple(manifest["files"]),
-        nbytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values()),
+        bytes_per_dtype=_bytes_per_dtype(
+            (leaf.dtype.name, math.prod(leaf.shape) * leaf.dtype.itemsize) for leaf in leaves.values()),
     )
