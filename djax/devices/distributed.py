@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from djax.errors import ArgumentError, check_integer
+from djax.errors import ArgumentError, check_integer, first_line
 
 _ABSENT, _GIVEN, _FAILED = range(3)
 _MOST_NAMES = 30
@@ -127,7 +127,7 @@ def with_peers(mesh: Mesh | None) -> Iterator[None]:
             raise
         raise PeerLost(
             f"processes: got a failed collective among {_listed(processes(mesh.devices.flat))} "
-            f"({str(error).splitlines()[0][:300]}); most likely one of them ended: its own output says why; start all "
+            f"({first_line(error)}); most likely one of them ended: its own output says why; start all "
             "of them again") from error
 
 
