@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Int
 
 from djax.errors import ArgumentError, check_integer, first_line
 
@@ -141,7 +141,7 @@ def share(
 
     Args:
         make: called once; returns None where another process has the value. What it raises is raised on every process.
-        devices: of the processes that take part.
+        devices: of the processes that take part: of all that there are, or of this one alone.
         name: of the value, for messages.
         same: values by name that have to be alike on all processes: pytrees of numbers, arrays and texts.
 
@@ -149,29 +149,41 @@ def share(
         PeerError: (a ValueError) `make` failed in another process; says in which and why.
         PeerLost: another process ended in the meantime.
         ValueError: no process has the value, or some have it and others not; two have different ones, or different
-            values in `same`; this process has none of the devices. All processes raise it, and name what differs.
+            values in `same`; the devices are not those of all processes. All processes raise it, and name what differs.
     """
-    everyone = sorted(devices, key=lambda device: device.id)
-    peers = processes(everyone)
+    peers = processes(devices)
     if jax.process_index() not in peers:
         raise ArgumentError(
             "mesh", f"devices of processes {_listed(peers)}", allowed="some of every process that calls: this is "
             f"process {jax.process_index()} and has none of them", advice="use such a mesh")
     if len(peers) == 1:
         return make()
+    if len(peers) < jax.process_count():
+        raise ArgumentError(
+            "mesh", f"devices of processes {_listed(peers)} of {jax.process_count()}", allowed="those of one process, "
+            "or some of every process", advice="use such a mesh, or start fewer processes")
     state, payload, failure = _made(make)
-    own = np.zeros((len(peers), 4 + 2 * _MOST_NAMES), np.int32)
-    own[peers.index(jax.process_index())] = _header(state, payload, same)
-    headers = _total(own, everyone)
-    states = headers[:, 0]
-    if (states == _FAILED).any():
-        first = int((states == _FAILED).argmax())
-        message = _spread(payload, headers, first, peers, everyone)
-        if failure is not None:
-            raise failure
-        raise PeerError(f"process {peers[first]} of {len(peers)}: {message.decode(errors='replace')}")
-    _check_same(headers[:, 4:], tuple(same), peers)
-    return json.loads(_given(payload, headers, name, peers, everyone))
+    with with_peers(Mesh(np.array(jax.devices()), ("devices",))):
+        headers = multihost_utils.process_allgather(_header(state, payload, same))
+        failed, given = (np.flatnonzero(headers[:, 0] == kind).tolist() for kind in (_FAILED, _GIVEN))
+        sources = failed or given
+        if 0 < len(sources) < len(peers):
+            payload = _spread(payload, length=int(headers[sources[0], 1]), source=sources[0])
+    if failure is not None:
+        raise failure
+    if failed:
+        raise PeerError(f"process {failed[0]} of {len(peers)}: {payload.decode(errors='replace')}")
+    for index, one in enumerate(same):
+        _check_alike(headers[:, 4 + 2 * index : 6 + 2 * index], one, "values", allowed="one for all",
+                     advice="give the same on every process")
+    if len(given) == len(peers):
+        _check_alike(headers[:, 1:4], name, "ones", allowed="the same on all, or None on all but one")
+    elif len(given) != 1:
+        where = f"processes {_listed(given)}" if given else "no process"
+        raise ArgumentError(
+            name, f"them on {where} of {_listed(peers)}", allowed="all or one",
+            advice="give them on every process, or on one and None on the others")
+    return json.loads(payload)
 
 
 def _made(make: Callable[[], Any]) -> tuple[int, bytes, Exception | None]:
@@ -197,63 +209,22 @@ def _header(state: int, payload: bytes, same: Mapping[str, Any]) -> Int[np.ndarr
     return header
 
 
-def _check_same(digests: Int[np.ndarray, "P H"], names: Sequence[str], peers: Sequence[int]) -> None:
-    for index, name in enumerate(names):
-        own = digests[:, 2 * index : 2 * index + 2]
-        differs = (own != own[0]).any(axis=1)
-        if differs.any():
-            raise ArgumentError(
-                name, f"different values on processes {peers[0]} and {peers[int(differs.argmax())]}",
-                allowed="one for all", advice="give the same on every process")
+def _check_alike(rows: Int[np.ndarray, "P N"], name: str, what: str, *, allowed: str, advice: str = "") -> None:
+    """Raise ArgumentError unless all processes have what process 0 has."""
+    differs = (rows != rows[0]).any(axis=1)
+    if differs.any():
+        raise ArgumentError(name, f"different {what} on processes 0 and {int(differs.argmax())}", allowed=allowed,
+                            advice=advice)
 
 
-def _given(
-    payload: bytes, headers: Int[np.ndarray, "P H"], name: str, peers: Sequence[int], devices: Sequence[jax.Device]
-) -> bytes:
-    """The payload of all, fetched where this process has none."""
-    giving = np.flatnonzero(headers[:, 0] == _GIVEN)
-    if len(giving) == len(peers):
-        differs = (headers[:, 1:4] != headers[0, 1:4]).any(axis=1)
-        if differs.any():
-            raise ArgumentError(
-                name, f"different ones on processes {peers[0]} and {peers[int(differs.argmax())]}",
-                allowed="the same on all, or None on all but one")
-        return payload
-    if len(giving) != 1:
-        where = f"processes {_listed([peers[int(index)] for index in giving])}" if len(giving) else "no process"
-        raise ArgumentError(
-            name, f"them on {where} of {_listed(peers)}", allowed="all or one",
-            advice="give them on every process, or on one and None on the others")
-    return _spread(payload, headers, int(giving[0]), peers, devices)
-
-
-def _spread(
-    payload: bytes, headers: Int[np.ndarray, "P H"], source: int, peers: Sequence[int], devices: Sequence[jax.Device]
-) -> bytes:
-    """The bytes of the process `peers[source]`, on every process."""
-    length = int(headers[source, 1])
+def _spread(payload: bytes, *, length: int, source: int) -> bytes:
+    """The `length` bytes of the process `source`, on every process."""
     # powers of two, so that few lengths are compiled
-    room = max(_SMALLEST_PAYLOAD, 1 << max(length - 1, 0).bit_length())
-    words = np.zeros(room // 4, np.int32)
-    if peers[source] == jax.process_index():
-        words.view(np.uint8)[:length] = np.frombuffer(payload, np.uint8)
-    return _total(words, devices).tobytes()[:length]
-
-
-def _total(values: Int[np.ndarray, "..."], devices: Sequence[jax.Device]) -> Int[np.ndarray, "..."]:
-    """The sum of what the processes give."""
-    mesh = Mesh(np.array(devices), ("devices",))
-    local = [device for device in devices if device.process_index == jax.process_index()]
-    shards = [jax.device_put((values if device == local[0] else np.zeros_like(values))[None], device)
-              for device in local]
-    parts = jax.make_array_from_single_device_arrays(
-        (len(devices), *values.shape), NamedSharding(mesh, P("devices")), shards)
-    with with_peers(mesh):
-        return np.asarray(jax.jit(_sum, out_shardings=NamedSharding(mesh, P()))(parts))
-
-
-def _sum(parts: Int[Array, "D ..."]) -> Int[Array, "..."]:
-    return jnp.sum(parts, axis=0, dtype=parts.dtype)
+    padded = np.zeros(max(_SMALLEST_PAYLOAD, 1 << max(length - 1, 0).bit_length()), np.uint8)
+    is_source = source == jax.process_index()
+    if is_source:
+        padded[:length] = np.frombuffer(payload, np.uint8)
+    return multihost_utils.broadcast_one_to_all(padded, is_source=is_source).tobytes()[:length]
 
 
 def digest(value: Any) -> Int[np.ndarray, "2"]:
