@@ -133,9 +133,8 @@ def _check_exchange(destination: Path, temporary: Path) -> None:
         raise DestinationError(
             f"this file system cannot replace a directory atomically ({error.strerror}); remove the old one or "
             "write to a new name", file=destination) from error
-    finally:
-        first.rmdir()
-        second.rmdir()
+    first.rmdir()
+    second.rmdir()
 
 
 def _exists(destination: Path) -> bool:

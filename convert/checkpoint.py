@@ -71,7 +71,8 @@ def _chunks(axes: LogicalAxes) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=apart)
 
 
-def _nbytes(leaf: Any) -> int:
+def nbytes(leaf: Any) -> int:
+    """Bytes of a parameter, which may be abstract."""
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
@@ -108,7 +109,7 @@ def save(
         if not first:
             return None
         temporary = stack.enter_context(atomic_directory(target, overwrite=overwrite, marker=MANIFEST_NAME))
-        require_space(target, sum(_nbytes(leaf) for leaf in leaves.values()) + _SPARE_BYTES)
+        require_space(target, sum(nbytes(leaf) for leaf in leaves.values()) + _SPARE_BYTES)
         return str(temporary)
 
     def write() -> bool:
@@ -215,9 +216,7 @@ def restore(
     config = config or stored_config(manifest, root)
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     abstract = checked_params(config, manifest, root)
-    placed = shardings(logical_axes(config), abstract, mesh=mesh, rules=rules)
-    wanted = named_leaves(jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placed))
+    wanted = placed_params(config, abstract, mesh=mesh, rules=rules)
     target = _nested(wanted)
     devices = set().union(*(leaf.sharding.device_set for leaf in wanted.values()))
     try:
@@ -248,3 +247,12 @@ def checked_params(config: ModelConfig, manifest: Mapping[str, Any], directory: 
                 f"shape: got {shown(stored[name])}; the configuration says {list(leaf.shape)}",
                 file=path, key=name)
     return abstract
+
+
+def placed_params(
+    config: ModelConfig, abstract: nnx.State, *, mesh: Mesh | None, rules: Rules | None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of every parameter by name, in the tree's order."""
+    placed = shardings(logical_axes(config), abstract, mesh=mesh, rules=rules)
+    return named_leaves(jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placed))

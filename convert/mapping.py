@@ -7,6 +7,7 @@ holds and checks that every element of every tensor is used once and every param
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,6 +83,7 @@ Plan = Mapping[str, tuple[Piece, ...]]
 """Parameter name to the pieces that fill it."""
 
 
+@functools.cache
 def _pattern(text: str) -> re.Pattern[str]:
     number = r"(0|[1-9][0-9]{0,5})"
     return re.compile(
@@ -142,29 +144,19 @@ def published_keys(table: Table, leaf: str, shape: tuple[int, ...]) -> Iterator[
     raise MissingKeyError("missing: a rule that fills this parameter", key=leaf)
 
 
-class _Matcher:
-    """A table with its patterns compiled."""
-
-    def __init__(self, table: Table) -> None:
-        self.rules = [(rule, _pattern(rule.key)) for rule in table.rules]
-        self.ignored = [_pattern(pattern) for pattern in table.ignored]
-
-    def is_ignored(self, key: str) -> bool:
-        return any(pattern.fullmatch(key) for pattern in self.ignored)
-
-    def uses(self, key: str, leaves: Mapping[str, tuple[int, ...]]) -> list[tuple[Rule, str, int | None]]:
-        """(rule, parameter, expert) for every rule that the key obeys and whose parameter exists."""
-        result = []
-        for rule, pattern in self.rules:
-            match = pattern.fullmatch(key)
-            if match is None:
-                continue
-            numbers = match.groupdict()
-            leaf = rule.leaf.replace("{layer}", numbers.get("layer") or "")
-            expert = int(numbers["expert"]) if numbers.get("expert") else None
-            if leaf in leaves and (expert is None or expert < leaves[leaf][0]):
-                result.append((rule, leaf, expert))
-        return result
+def _uses(table: Table, key: str, leaves: Mapping[str, tuple[int, ...]]) -> list[tuple[Rule, str, int | None]]:
+    """(rule, parameter, expert) for every rule that the key obeys and whose parameter exists."""
+    result = []
+    for rule in table.rules:
+        match = _pattern(rule.key).fullmatch(key)
+        if match is None:
+            continue
+        numbers = match.groupdict()
+        leaf = rule.leaf.replace("{layer}", numbers.get("layer") or "")
+        expert = int(numbers["expert"]) if numbers.get("expert") else None
+        if leaf in leaves and (expert is None or expert < leaves[leaf][0]):
+            result.append((rule, leaf, expert))
+    return result
 
 
 def _check_tensor(key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
@@ -216,13 +208,12 @@ def plan(table: Table, tensors: Mapping[str, Tensor], leaves: Mapping[str, tuple
     Raises UnexpectedKeyError, MissingKeyError, TensorShapeError, TensorDtypeError or MappingError. On
     success every element of every tensor that is not ignored is used once, and every parameter is filled once.
     """
-    matcher = _Matcher(table)
     found: dict[str, list[Piece]] = {}
     unexpected: list[str] = []
     for key, tensor in tensors.items():
-        uses = matcher.uses(key, leaves)
+        uses = _uses(table, key, leaves)
         if not uses:
-            if not matcher.is_ignored(key):
+            if not any(_pattern(pattern).fullmatch(key) for pattern in table.ignored):
                 unexpected.append(key)
             continue
         used = 0

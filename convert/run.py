@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
@@ -14,10 +13,9 @@ from convert.atomic import check_destination, require_space
 from convert.errors import DestinationError
 from convert.files import file_digests
 from convert.load import Meter, Progress, check_dtype, open_huggingface, read_state
-from convert.placement import numpy_dtype
 from convert.source import resolve_source
 from djax.devices.distributed import processes
-from djax.devices.sharding import Rules
+from djax.devices.sharding import Rules, named_leaves
 
 
 def convert(
@@ -54,7 +52,7 @@ def convert(
     else:
         with open_huggingface(directory, None, dtype=dtype) as opened:
             config, files = opened.config, opened.files
-            written = sum(math.prod(shape) for shape in opened.shapes.values()) * numpy_dtype(config.dtype).itemsize
+            written = sum(checkpoint.nbytes(leaf) for leaf in named_leaves(opened.abstract).values())
             require_space(target, written)
             meter = Meter(progress, opened.reader.nbytes + sum(path.stat().st_size for path in files) + written)
             params = read_state(opened, meter, mesh=mesh, rules=rules)
