@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -170,13 +170,6 @@ def _check_tensor(key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
             f"shape: got {shown(tensor.shape)}; the configuration says {expected}", file=tensor.file, key=key)
 
 
-def _expected_keys(table: Table, leaf: str, shape: tuple[int, ...], filled: Sequence[Piece]) -> tuple[list[str], int]:
-    """The first keys that would complete a parameter, and how many there are in all."""
-    have = {piece.index for piece in filled}
-    absent = [share.key for share in published_keys(table, leaf, shape) if share.index not in have]
-    return absent[:4], len(absent)
-
-
 def _check_filled(
     table: Table, leaves: Mapping[str, tuple[int, ...]], found: Mapping[str, list[Piece]], source: Path
 ) -> None:
@@ -190,9 +183,10 @@ def _check_filled(
             keys = sorted({piece.key for piece in pieces})
             raise MappingError(f"fills {leaf}, which {first_few(keys[1:] or keys)} fills too", file=source, key=keys[0])
         if indices != [None] and len(indices) < shape[0]:
-            first, absent = _expected_keys(table, leaf, shape, pieces)
-            count += absent if first[0] not in missing else 0  # one that several parameters are stacked in, once
-            missing |= dict.fromkeys(first)
+            have = set(indices)
+            absent = [share.key for share in published_keys(table, leaf, shape) if share.index not in have]
+            count += len(absent) if absent[0] not in missing else 0  # one that several parameters are stacked in, once
+            missing |= dict.fromkeys(absent[:4])
     if missing:
         names = list(missing)
         raise MissingKeyError(

@@ -26,9 +26,9 @@ from jaxtyping import Int
 
 from djax.errors import ArgumentError, check_integer, first_line
 
-_ABSENT, _GIVEN, _FAILED = range(3)
-_MOST_NAMES = 30
 _LONGEST_MESSAGE = 2000
+_LONGEST_TELLING = 16 * 1024
+"""Room for a message whose characters are all escaped and for fifty digests with their names."""
 _SMALLEST_PAYLOAD = 1024
 _WARNING_SECONDS = 0.5
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
@@ -162,22 +162,25 @@ def share(
         raise ArgumentError(
             "mesh", f"devices of processes {_listed(peers)} of {jax.process_count()}", allowed="those of one process, "
             "or some of every process", advice="use such a mesh, or start fewer processes")
-    state, payload, failure = _made(make)
+    payload, failure = _made(make)
     with with_peers(Mesh(np.array(jax.devices()), ("devices",))):
-        headers = multihost_utils.process_allgather(_header(state, payload, same))
-        failed, given = (np.flatnonzero(headers[:, 0] == kind).tolist() for kind in (_FAILED, _GIVEN))
-        sources = failed or given
-        if 0 < len(sources) < len(peers):
-            payload = _spread(payload, length=int(headers[sources[0], 1]), source=sources[0])
+        told = _tell({
+            "length": len(payload), "digest": hashlib.sha256(payload).hexdigest(), "failure": _message(failure),
+            "same": {key: digest(value).tolist() for key, value in same.items()}})
+        given = [process for process, one in enumerate(told) if one["length"]]
+        if len(given) == 1:
+            payload = _spread(payload, length=told[given[0]]["length"], source=given[0])
     if failure is not None:
         raise failure
-    if failed:
-        raise PeerError(f"process {failed[0]} of {len(peers)}: {payload.decode(errors='replace')}")
-    for index, one in enumerate(same):
-        _check_alike(headers[:, 4 + 2 * index : 6 + 2 * index], one, "values", allowed="one for all",
+    for process, one in enumerate(told):
+        if one["failure"] is not None:
+            raise PeerError(f"process {process} of {len(told)}: {one['failure']}")
+    for key in dict.fromkeys(key for one in told for key in one["same"]):
+        _check_alike([one["same"].get(key) for one in told], key, "values", allowed="one for all",
                      advice="give the same on every process")
-    if len(given) == len(peers):
-        _check_alike(headers[:, 1:4], name, "ones", allowed="the same on all, or None on all but one")
+    if len(given) == len(told):
+        _check_alike([one["digest"] for one in told], name, "ones",
+                     allowed="the same on all, or None on all but one")
     elif len(given) != 1:
         where = f"processes {_listed(given)}" if given else "no process"
         raise ArgumentError(
@@ -186,45 +189,45 @@ def share(
     return json.loads(payload)
 
 
-def _made(make: Callable[[], Any]) -> tuple[int, bytes, Exception | None]:
-    """State, and the value or the failure's message as bytes."""
+def _made(make: Callable[[], Any]) -> tuple[bytes, Exception | None]:
+    """The value as JSON, nothing if there is none; and what it failed with."""
     try:
         value = make()
-        if value is None:
-            return _ABSENT, b"", None
-        return _GIVEN, json.dumps(value, default=lambda array: array.tolist()).encode(), None
+        return b"" if value is None else json.dumps(value, default=lambda array: array.tolist()).encode(), None
     except Exception as error:  # whatever it is, the others wait for this process
-        message = str(error) or type(error).__name__
-        return _FAILED, message.encode()[:_LONGEST_MESSAGE], error
+        return b"", error
 
 
-def _header(state: int, payload: bytes, same: Mapping[str, Any]) -> Int[np.ndarray, " H"]:
-    """State, length, digest, and a digest for every value that must be the same."""
-    if len(same) > _MOST_NAMES:
-        raise ArgumentError("same", f"{len(same)} names", allowed=f"at most {_MOST_NAMES}")
-    digests = [_words(hashlib.sha256(payload))] + [digest(value) for value in same.values()]
-    header = np.zeros(4 + 2 * _MOST_NAMES, np.int32)
-    header[:2] = state, len(payload)
-    header[2 : 2 + 2 * len(digests)] = np.concatenate(digests)
-    return header
+def _message(failure: Exception | None) -> str | None:
+    if failure is None:
+        return None
+    text = (str(failure) or type(failure).__name__).encode(errors="replace")
+    return text[:_LONGEST_MESSAGE].decode(errors="ignore")
 
 
-def _check_alike(rows: Int[np.ndarray, "P N"], name: str, what: str, *, allowed: str, advice: str = "") -> None:
-    """Raise ArgumentError unless all processes have what process 0 has."""
-    differs = (rows != rows[0]).any(axis=1)
-    if differs.any():
-        raise ArgumentError(name, f"different {what} on processes 0 and {int(differs.argmax())}", allowed=allowed,
-                            advice=advice)
+def _tell(own: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What every process tells the others about its value, in their order."""
+    room = np.zeros(_LONGEST_TELLING, np.uint8)
+    text = json.dumps(own, ensure_ascii=False).encode()
+    room[: len(text)] = np.frombuffer(text, np.uint8)
+    return [json.loads(row.tobytes().rstrip(b"\0")) for row in multihost_utils.process_allgather(room)]
 
 
 def _spread(payload: bytes, *, length: int, source: int) -> bytes:
     """The `length` bytes of the process `source`, on every process."""
     # powers of two, so that few lengths are compiled
-    padded = np.zeros(max(_SMALLEST_PAYLOAD, 1 << max(length - 1, 0).bit_length()), np.uint8)
+    room = np.zeros(max(_SMALLEST_PAYLOAD, 1 << max(length - 1, 0).bit_length()), np.uint8)
     is_source = source == jax.process_index()
     if is_source:
-        padded[:length] = np.frombuffer(payload, np.uint8)
-    return multihost_utils.broadcast_one_to_all(padded, is_source=is_source).tobytes()[:length]
+        room[:length] = np.frombuffer(payload, np.uint8)
+    return multihost_utils.broadcast_one_to_all(room, is_source=is_source).tobytes()[:length]
+
+
+def _check_alike(values: Sequence[Any], name: str, what: str, *, allowed: str, advice: str = "") -> None:
+    """Raise ArgumentError unless all processes have what process 0 has."""
+    for process, value in enumerate(values):
+        if value != values[0]:
+            raise ArgumentError(name, f"different {what} on processes 0 and {process}", allowed=allowed, advice=advice)
 
 
 def digest(value: Any) -> Int[np.ndarray, "2"]:
@@ -240,10 +243,6 @@ def digest(value: Any) -> Int[np.ndarray, "2"]:
         array = np.asarray(leaf)
         content = _ADDRESS.sub("", repr(leaf)).encode() if array.dtype.hasobject else array.tobytes()
         total.update(f"{array.dtype}{array.shape}".encode() + content)
-    return _words(total)
-
-
-def _words(total: Any) -> Int[np.ndarray, "2"]:
     return np.frombuffer(total.digest()[:8], np.int32)
 
 
