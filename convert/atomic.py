@@ -4,6 +4,9 @@ Everything is written into a hidden sibling of the destination, flushed to disk,
 existing directory the two names are exchanged in one system call (Linux `renameat2`), so that at every
 instant the destination is the old one or the new one. A hidden sibling that a killed process left behind
 is recognised by its lock, which the kernel releases with the process, and removed by the next run.
+
+Orbax makes new directories appear in the same way, but it deletes an old one before it writes its successor, and two
+runs that write to one name delete each other's files.
 """
 
 from __future__ import annotations
@@ -13,14 +16,15 @@ import ctypes
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from convert.errors import DestinationError, OutOfSpaceError
+from djax.errors import first_line
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -50,8 +54,7 @@ def as_destination_error(error: BaseException, destination: Path) -> Destination
             return OutOfSpaceError("the disk is full (or a file size limit was reached); nothing was written",
                                    file=destination)
         cause = cause.__cause__ or cause.__context__
-    return DestinationError(f"cannot be written: {str(error).splitlines()[0][:300] if str(error) else type(error)}",
-                            file=destination)
+    return DestinationError(f"cannot be written: {first_line(error)}", file=destination)
 
 
 def require_space(destination: Path, nbytes: int) -> None:
@@ -61,35 +64,36 @@ def require_space(destination: Path, nbytes: int) -> None:
         raise OutOfSpaceError(f"needs {nbytes} bytes and its file system has {free} free", file=destination)
 
 
-def _prefix(destination: Path) -> str:
-    return f".{destination.name}.djax-"
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _try_lock(directory: Path) -> int | None:
-    """A descriptor that holds the directory's lock, or None if another process holds it or it is gone."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(directory)):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(descriptor)
-    return None
+def _begin(destination: Path) -> tuple[Path, int]:
+    """A new hidden sibling and the descriptor that holds its lock; what killed runs left is removed."""
+    prefix = f".{destination.name}.djax-"
+    for entry in destination.parent.iterdir():
+        if entry.name.startswith(prefix) and entry.is_dir() and not entry.is_symlink():
+            _remove_stale(entry)
+    while True:
+        directory = destination.parent / f"{prefix}{secrets.token_hex(4)}"
+        directory.mkdir()
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = _open(directory)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if directory.is_dir():
+                return directory, descriptor
+            os.close(descriptor)
+        # Another run took the new directory for a stale one before it was locked.
 
 
-def _remove_stale(destination: Path) -> None:
-    """Remove what killed runs left beside the destination. A run that still lives holds its lock."""
-    prefix = _prefix(destination)
-    for entry in sorted(destination.parent.iterdir()):
-        if not entry.name.startswith(prefix) or entry.is_symlink() or not entry.is_dir():
-            continue
-        descriptor = _try_lock(entry)
-        if descriptor is not None:
-            shutil.rmtree(entry, ignore_errors=True)
+def _remove_stale(directory: Path) -> None:
+    """Remove a run's directory unless the run lives: then it holds the lock."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError):
+        descriptor = _open(directory)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
+        finally:
             os.close(descriptor)
 
 
@@ -103,17 +107,8 @@ def _remove(directory: Path) -> None:
             time.sleep(_SETTLING_SECONDS)
 
 
-def _make_locked(destination: Path) -> tuple[Path, int]:
-    while True:
-        directory = Path(tempfile.mkdtemp(prefix=_prefix(destination), dir=destination.parent))
-        descriptor = _try_lock(directory)
-        if descriptor is not None:
-            return directory, descriptor
-        # Another run took the new directory for a stale one before it was locked.
-
-
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = _open(path)
     try:
         os.fsync(descriptor)
     finally:
@@ -138,9 +133,8 @@ def _check_exchange(destination: Path, temporary: Path) -> None:
         raise DestinationError(
             f"this file system cannot replace a directory atomically ({error.strerror}); remove the old one or "
             "write to a new name", file=destination) from error
-    finally:
-        first.rmdir()
-        second.rmdir()
+    first.rmdir()
+    second.rmdir()
 
 
 def _exists(destination: Path) -> bool:
@@ -173,8 +167,7 @@ def atomic_directory(destination: Path, *, overwrite: bool, marker: str) -> Iter
     """
     check_destination(destination, overwrite=overwrite, marker=marker)
     try:
-        _remove_stale(destination)
-        temporary, lock = _make_locked(destination)
+        temporary, lock = _begin(destination)
     except OSError as error:
         raise as_destination_error(error, destination) from error
     try:
@@ -182,7 +175,6 @@ def atomic_directory(destination: Path, *, overwrite: bool, marker: str) -> Iter
         if replacing:
             _check_exchange(destination, temporary)
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
         _fsync_tree(temporary)
         if replacing:
             exchange(temporary, destination)
@@ -195,9 +187,3 @@ def atomic_directory(destination: Path, *, overwrite: bool, marker: str) -> Iter
         # After an exchange this name holds the old directory; after a rename it is gone.
         _remove(temporary)
         os.close(lock)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -6,8 +6,8 @@ tokenizer's files and `manifest.json`, which lists every file with its digest an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -18,17 +18,18 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from convert.atomic import as_destination_error, require_space
+from convert.atomic import as_destination_error, atomic_directory, require_space
 from convert.errors import CheckpointError, SourceError, TensorShapeError
-from convert.files import read_json, sha256
+from convert.files import file_digests, read_json, sha256
 from convert.hf_config import hf_fields, model_config
 from convert.source import write_text_files
-from convert.together import directory_together
-from djax.devices.distributed import processes
+from djax import __version__
+from djax.devices.distributed import PeerError, processes, share
 from djax.devices.sharding import LogicalAxes, Rules, named_leaves, shardings
-from djax.errors import shown
+from djax.errors import first_line, shown
 from djax.models import abstract_params, logical_axes
 from djax.models.config import DTYPES, ModelConfig
 
@@ -44,14 +45,7 @@ _SPARE_BYTES = 64 * 1024 * 1024
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted names to a nested dict with string keys."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split(".")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return tree
+    return unflatten_dict(leaves, sep=".")
 
 
 def _checkpointer(leaves: Iterable[Any], devices: set[jax.Device]) -> ocp.Checkpointer:
@@ -77,22 +71,9 @@ def _chunks(axes: LogicalAxes) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=apart)
 
 
-def _nbytes(leaf: Any) -> int:
+def nbytes(leaf: Any) -> int:
+    """Bytes of a parameter, which may be abstract."""
     return math.prod(leaf.shape) * leaf.dtype.itemsize
-
-
-def _digests(directory: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in files}
-
-
-def _djax_version() -> str:
-    try:
-        return importlib.metadata.version("djax")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def is_converted(directory: Path) -> bool:
@@ -121,33 +102,60 @@ def save(
     """
     target = Path(destination).expanduser().resolve()
     leaves = named_leaves(params)
-    total = sum(_nbytes(leaf) for leaf in leaves.values())
     devices = set().union(*(leaf.sharding.device_set for leaf in leaves.values()))
-    with directory_together(target, devices, overwrite=overwrite, marker=MANIFEST_NAME) as temporary:
-        require_space(target, total + _SPARE_BYTES)
+    first = jax.process_index() == processes(devices)[0]
+
+    def begin() -> str | None:
+        if not first:
+            return None
+        temporary = stack.enter_context(atomic_directory(target, overwrite=overwrite, marker=MANIFEST_NAME))
+        require_space(target, sum(nbytes(leaf) for leaf in leaves.values()) + _SPARE_BYTES)
+        return str(temporary)
+
+    def write() -> bool:
+        chunked = {name: _chunks(axes) for name, axes in named_leaves(logical_axes(config)).items()}
         try:
             with _checkpointer(leaves.values(), devices) as checkpointer:
-                chunked = {name: _chunks(axes) for name, axes in named_leaves(logical_axes(config)).items()}
                 checkpointer.save(
                     temporary / PARAMS_NAME, ocp.args.PyTreeSave(_nested(leaves), save_args=_nested(chunked)))
         except Exception as error:  # Orbax and TensorStore raise several kinds for a failed write
             raise as_destination_error(error, target) from error
-        if jax.process_index() != processes(devices)[0]:
-            return target
+        return True
+
+    def complete() -> bool | None:
+        if not first:
+            return None
         write_text_files(temporary, config, source=text_files)
-        manifest = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "djax": _djax_version(),
-            "config": hf_fields(config),
-            "dtype": config.dtype,
-            "parameter_count": sum(math.prod(leaf.shape) for leaf in leaves.values()),
-            "parameters": {name: list(leaf.shape) for name, leaf in leaves.items()},
-            "source": dict(source or {}),
-            "files": _digests(temporary),
-        }
+        manifest = _manifest(temporary, leaves, config, source or {})
         (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n")
+        stack.close()
+        return True
+
+    # Each step waits for all processes and fails in all of them, where the first then removes what it made.
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = Path(share(begin, devices=devices, name="temporary directory"))
+            share(write, devices=devices, name="parameters")
+            share(complete, devices=devices, name="manifest")
+        except PeerError as error:
+            raise as_destination_error(error, target) from error
     return target
+
+
+def _manifest(
+    directory: Path, leaves: Mapping[str, Any], config: ModelConfig, source: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "djax": __version__,
+        "config": hf_fields(config),
+        "dtype": config.dtype,
+        "parameter_count": sum(math.prod(leaf.shape) for leaf in leaves.values()),
+        "parameters": {name: list(leaf.shape) for name, leaf in leaves.items()},
+        "source": dict(source),
+        "files": file_digests(sorted(path for path in directory.rglob("*") if path.is_file()), directory),
+    }
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -208,9 +216,7 @@ def restore(
     config = config or stored_config(manifest, root)
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     abstract = checked_params(config, manifest, root)
-    placed = shardings(logical_axes(config), abstract, mesh=mesh, rules=rules)
-    wanted = named_leaves(jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placed))
+    wanted = placed_params(config, abstract, mesh=mesh, rules=rules)
     target = _nested(wanted)
     devices = set().union(*(leaf.sharding.device_set for leaf in wanted.values()))
     try:
@@ -218,8 +224,7 @@ def restore(
             tree = checkpointer.restore(root / PARAMS_NAME, ocp.args.PyTreeRestore(
                 target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)))
     except Exception as error:  # Orbax and TensorStore raise several kinds for a damaged file
-        first_line = (str(error) or type(error).__name__).splitlines()[0][:300]
-        raise SourceError(f"cannot be restored: {first_line}", file=root / PARAMS_NAME) from error
+        raise SourceError(f"cannot be restored: {first_line(error)}", file=root / PARAMS_NAME) from error
     leaves = named_leaves(tree)
     return config, jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
 
@@ -242,3 +247,12 @@ def checked_params(config: ModelConfig, manifest: Mapping[str, Any], directory: 
                 f"shape: got {shown(stored[name])}; the configuration says {list(leaf.shape)}",
                 file=path, key=name)
     return abstract
+
+
+def placed_params(
+    config: ModelConfig, abstract: nnx.State, *, mesh: Mesh | None, rules: Rules | None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of every parameter by name, in the tree's order."""
+    placed = shardings(logical_axes(config), abstract, mesh=mesh, rules=rules)
+    return named_leaves(jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placed))

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +109,11 @@ def sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
             if progress is not None:
                 progress(count)
     return digest.hexdigest()
+
+
+def file_digests(
+    files: Iterable[Path], directory: Path, progress: Callable[[int], None] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Size and digest of files by their names in `directory`, as manifests list them; `progress` as of `sha256`."""
+    return {path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path, progress)}
+            for path in files}

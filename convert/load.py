@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from convert.mapping import FLOAT_DTYPES, Plan, plan
 from convert.placement import read_parameters
 from convert.safetensors_io import SafetensorsReader
 from convert.source import refuse_other_kinds, resolve_source
-from djax.devices.sharding import LogicalAxes, Rules, named_leaves, shardings
+from djax.devices.sharding import LogicalAxes, Rules, named_leaves
 from djax.errors import check_choice
 from djax.models import abstract_params, logical_axes
 from djax.models.config import DTYPES, ModelConfig
@@ -57,20 +57,26 @@ class Description:
     """What a checkpoint holds, as read from its headers."""
 
     directory: Path
+    format: str
+    """"huggingface", or "djax" for a directory that `convert` wrote."""
     config: ModelConfig
     parameters: tuple[Parameter, ...]
     ignored: tuple[str, ...]
     """Checkpoint keys that no parameter needs."""
     files: tuple[str, ...]
-    nbytes: int
-    """Bytes of the stored tensors."""
+    bytes_per_dtype: Mapping[str, int]
+    """Bytes of the stored tensors, the ignored ones too, by the name of their dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(self.bytes_per_dtype.values())
 
 
-def check_dtype(dtype: str | None) -> str | None:
-    """`dtype` itself; ArgumentError unless it is None or one of `DTYPES`."""
+def check_dtype(dtype: str | None) -> None:
+    """Raise ArgumentError unless `dtype` is None or one of `DTYPES`."""
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
-    return dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,7 @@ class HuggingFaceCheckpoint:
     config: ModelConfig
     reader: SafetensorsReader
     abstract: nnx.State
-    shapes: dict[str, tuple[int, ...]]
+    """Of the configuration's parameters, without a sharding."""
     plan: Plan
 
     @property
@@ -121,7 +127,7 @@ def open_huggingface(
         shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
         mapped = plan(table, reader.tensors, shapes, source=directory)
         yield HuggingFaceCheckpoint(
-            directory=directory, config=config, reader=reader, abstract=abstract, shapes=shapes, plan=mapped)
+            directory=directory, config=config, reader=reader, abstract=abstract, plan=mapped)
 
 
 def load_params(
@@ -158,13 +164,9 @@ def read_state(
     opened: HuggingFaceCheckpoint, meter: Meter, *, mesh: Mesh | None = None, rules: Rules | None = None
 ) -> nnx.State:
     """The parameters of an open Hugging Face directory."""
-    abstract = opened.abstract
-    placed = named_leaves(shardings(logical_axes(opened.config), abstract, mesh=mesh, rules=rules))
-    dtypes = {name: leaf.dtype.name for name, leaf in named_leaves(abstract).items()}
-    parameters = read_parameters(
-        opened.reader, opened.plan, shapes=opened.shapes, dtypes=dtypes, shardings=placed, progress=meter.advance)
-    names = list(named_leaves(abstract))
-    return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[name] for name in names])
+    wanted = checkpoint.placed_params(opened.config, opened.abstract, mesh=mesh, rules=rules)
+    parameters = read_parameters(opened.reader, opened.plan, wanted, meter.advance)
+    return jax.tree.unflatten(jax.tree.structure(opened.abstract), [parameters[name] for name in wanted])
 
 
 def describe(source: str | os.PathLike[str], config: ModelConfig | None = None) -> Description:
@@ -173,35 +175,45 @@ def describe(source: str | os.PathLike[str], config: ModelConfig | None = None) 
     if checkpoint.is_converted(directory):
         return _describe_converted(directory)
     with open_huggingface(directory, config, dtype=None) as opened:
-        axes = named_leaves(logical_axes(opened.config))
-        used = {piece.key for pieces in opened.plan.values() for piece in pieces}
+        keys = {name: tuple(dict.fromkeys(piece.key for piece in pieces)) for name, pieces in opened.plan.items()}
+        used = set().union(*keys.values())
         return Description(
             directory=directory,
+            format="huggingface",
             config=opened.config,
-            parameters=tuple(
-                Parameter(
-                    name=name, shape=opened.shapes[name], axes=axes[name],
-                    keys=tuple(dict.fromkeys(piece.key for piece in pieces)))
-                for name, pieces in opened.plan.items()),
+            parameters=_parameters(opened.config, opened.abstract, keys),
             ignored=tuple(key for key in opened.reader.tensors if key not in used),
             files=tuple(path.name for path in opened.reader.files),
-            nbytes=opened.reader.nbytes,
+            bytes_per_dtype=_bytes_per_dtype(
+                (FLOAT_DTYPES.get(tensor.dtype, tensor.dtype), tensor.nbytes)
+                for tensor in opened.reader.tensors.values()),
         )
 
 
 def _describe_converted(directory: Path) -> Description:
     manifest = checkpoint.read_manifest(directory)
     config = checkpoint.stored_config(manifest, directory)
-    axes = named_leaves(logical_axes(config))
     abstract = checkpoint.checked_params(config, manifest, directory)
     leaves = named_leaves(abstract)
     return Description(
         directory=directory,
+        format="djax",
         config=config,
-        parameters=tuple(
-            Parameter(name=name, shape=tuple(leaf.shape), axes=axes[name], keys=(name,))
-            for name, leaf in leaves.items()),
+        parameters=_parameters(config, abstract, {name: (name,) for name in leaves}),
         ignored=(),
         files=tuple(manifest["files"]),
-        nbytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values()),
+        bytes_per_dtype=_bytes_per_dtype((leaf.dtype.name, checkpoint.nbytes(leaf)) for leaf in leaves.values()),
     )
+
+
+def _parameters(config: ModelConfig, abstract: nnx.State, keys: Mapping[str, tuple[str, ...]]) -> tuple[Parameter, ...]:
+    axes = named_leaves(logical_axes(config))
+    return tuple(Parameter(name=name, shape=tuple(leaf.shape), axes=axes[name], keys=keys[name])
+                 for name, leaf in named_leaves(abstract).items())
+
+
+def _bytes_per_dtype(tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for dtype, nbytes in tensors:
+        total[dtype] += nbytes
+    return dict(total)

@@ -7,9 +7,10 @@ holds and checks that every element of every tensor is used once and every param
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -82,6 +83,7 @@ Plan = Mapping[str, tuple[Piece, ...]]
 """Parameter name to the pieces that fill it."""
 
 
+@functools.cache
 def _pattern(text: str) -> re.Pattern[str]:
     number = r"(0|[1-9][0-9]{0,5})"
     return re.compile(
@@ -142,29 +144,19 @@ def published_keys(table: Table, leaf: str, shape: tuple[int, ...]) -> Iterator[
     raise MissingKeyError("missing: a rule that fills this parameter", key=leaf)
 
 
-class _Matcher:
-    """A table with its patterns compiled."""
-
-    def __init__(self, table: Table) -> None:
-        self.rules = [(rule, _pattern(rule.key)) for rule in table.rules]
-        self.ignored = [_pattern(pattern) for pattern in table.ignored]
-
-    def is_ignored(self, key: str) -> bool:
-        return any(pattern.fullmatch(key) for pattern in self.ignored)
-
-    def uses(self, key: str, leaves: Mapping[str, tuple[int, ...]]) -> list[tuple[Rule, str, int | None]]:
-        """(rule, parameter, expert) for every rule that the key obeys and whose parameter exists."""
-        result = []
-        for rule, pattern in self.rules:
-            match = pattern.fullmatch(key)
-            if match is None:
-                continue
-            numbers = match.groupdict()
-            leaf = rule.leaf.replace("{layer}", numbers.get("layer") or "")
-            expert = int(numbers["expert"]) if numbers.get("expert") else None
-            if leaf in leaves and (expert is None or expert < leaves[leaf][0]):
-                result.append((rule, leaf, expert))
-        return result
+def _uses(table: Table, key: str, leaves: Mapping[str, tuple[int, ...]]) -> list[tuple[Rule, str, int | None]]:
+    """(rule, parameter, expert) for every rule that the key obeys and whose parameter exists."""
+    result = []
+    for rule in table.rules:
+        match = _pattern(rule.key).fullmatch(key)
+        if match is None:
+            continue
+        numbers = match.groupdict()
+        leaf = rule.leaf.replace("{layer}", numbers.get("layer") or "")
+        expert = int(numbers["expert"]) if numbers.get("expert") else None
+        if leaf in leaves and (expert is None or expert < leaves[leaf][0]):
+            result.append((rule, leaf, expert))
+    return result
 
 
 def _check_tensor(key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
@@ -176,13 +168,6 @@ def _check_tensor(key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     if tensor.shape != expected:
         raise TensorShapeError(
             f"shape: got {shown(tensor.shape)}; the configuration says {expected}", file=tensor.file, key=key)
-
-
-def _expected_keys(table: Table, leaf: str, shape: tuple[int, ...], filled: Sequence[Piece]) -> tuple[list[str], int]:
-    """The first keys that would complete a parameter, and how many there are in all."""
-    have = {piece.index for piece in filled}
-    absent = [share.key for share in published_keys(table, leaf, shape) if share.index not in have]
-    return absent[:4], len(absent)
 
 
 def _check_filled(
@@ -198,9 +183,10 @@ def _check_filled(
             keys = sorted({piece.key for piece in pieces})
             raise MappingError(f"fills {leaf}, which {first_few(keys[1:] or keys)} fills too", file=source, key=keys[0])
         if indices != [None] and len(indices) < shape[0]:
-            first, absent = _expected_keys(table, leaf, shape, pieces)
-            count += absent if first[0] not in missing else 0  # one that several parameters are stacked in, once
-            missing |= dict.fromkeys(first)
+            have = set(indices)
+            absent = [share.key for share in published_keys(table, leaf, shape) if share.index not in have]
+            count += len(absent) if absent[0] not in missing else 0  # one that several parameters are stacked in, once
+            missing |= dict.fromkeys(absent[:4])
     if missing:
         names = list(missing)
         raise MissingKeyError(
@@ -216,13 +202,12 @@ def plan(table: Table, tensors: Mapping[str, Tensor], leaves: Mapping[str, tuple
     Raises UnexpectedKeyError, MissingKeyError, TensorShapeError, TensorDtypeError or MappingError. On
     success every element of every tensor that is not ignored is used once, and every parameter is filled once.
     """
-    matcher = _Matcher(table)
     found: dict[str, list[Piece]] = {}
     unexpected: list[str] = []
     for key, tensor in tensors.items():
-        uses = matcher.uses(key, leaves)
+        uses = _uses(table, key, leaves)
         if not uses:
-            if not matcher.is_ignored(key):
+            if not any(_pattern(pattern).fullmatch(key) for pattern in table.ignored):
                 unexpected.append(key)
             continue
         used = 0

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Sharding
 
 from convert.errors import TensorDtypeError
 from convert.mapping import FLOAT_DTYPES, Piece
@@ -133,22 +132,17 @@ class _Filler:
 
 
 def read_parameter(
-    reader: SafetensorsReader,
-    pieces: tuple[Piece, ...],
-    *,
-    shape: tuple[int, ...],
-    dtype: str,
-    sharding: Sharding,
-    progress: Callable[[int], None],
+    reader: SafetensorsReader, pieces: tuple[Piece, ...], wanted: jax.ShapeDtypeStruct, progress: Callable[[int], None]
 ) -> jax.Array:
-    """A parameter of `shape` and `dtype` under `sharding`, filled from the checkpoint's `pieces`.
+    """A parameter of the shape, dtype and sharding of `wanted`, filled from the checkpoint's `pieces`.
 
     Only what this process's devices hold is read; `progress` is told the bytes of every read. Raises
-    TensorDtypeError if a finite value is not finite in `dtype`, SourceError if a file ends early.
+    TensorDtypeError if a finite value is not finite in `wanted.dtype`, SourceError if a file ends early.
     """
+    shape, sharding = wanted.shape, wanted.sharding
     device_boxes = {
         device: _box(index, shape) for device, index in sharding.addressable_devices_indices_map(shape).items()}
-    filler = _Filler(reader, shape, sorted(set(device_boxes.values())), numpy_dtype(dtype), progress)
+    filler = _Filler(reader, shape, sorted(set(device_boxes.values())), wanted.dtype, progress)
     for piece in pieces:
         filler.fill(piece)
     shards = [jax.device_put(filler.buffers[box], device) for device, box in device_boxes.items()]
@@ -156,21 +150,14 @@ def read_parameter(
 
 
 def read_parameters(
-    reader: SafetensorsReader,
-    plan: Mapping[str, tuple[Piece, ...]],
-    *,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, str],
-    shardings: Mapping[str, Sharding],
+    reader: SafetensorsReader, plan: Mapping[str, tuple[Piece, ...]], wanted: Mapping[str, jax.ShapeDtypeStruct],
     progress: Callable[[int], None],
 ) -> dict[str, jax.Array]:
-    """Every parameter of a plan, by name, as are its shape, dtype and sharding. At most two parameters are in flight to
-    the devices."""
+    """Every parameter of a plan, by name, as `read_parameter`. At most two are in flight to the devices."""
     parameters: dict[str, jax.Array] = {}
     previous: jax.Array | None = None
     for name, pieces in plan.items():
-        parameter = read_parameter(
-            reader, pieces, shape=shapes[name], dtype=dtypes[name], sharding=shardings[name], progress=progress)
+        parameter = read_parameter(reader, pieces, wanted[name], progress)
         if previous is not None:
             previous.block_until_ready()
         parameters[name] = previous = parameter

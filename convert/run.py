@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -13,16 +11,11 @@ from jax.sharding import Mesh
 from convert import checkpoint
 from convert.atomic import check_destination, require_space
 from convert.errors import DestinationError
-from convert.files import sha256
+from convert.files import file_digests
 from convert.load import Meter, Progress, check_dtype, open_huggingface, read_state
-from convert.placement import numpy_dtype
 from convert.source import resolve_source
 from djax.devices.distributed import processes
-from djax.devices.sharding import Rules
-
-
-def _digests(files: tuple[Path, ...], meter: Meter) -> dict[str, dict[str, Any]]:
-    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path, meter.advance)} for path in files}
+from djax.devices.sharding import Rules, named_leaves
 
 
 def convert(
@@ -53,31 +46,20 @@ def convert(
     if directory == target or target in directory.parents:
         raise DestinationError("holds the source; choose another destination", file=target)
     if checkpoint.is_converted(directory):
-        return _save_again(directory, target, dtype=dtype, overwrite=overwrite, mesh=mesh, rules=rules)
-    with open_huggingface(directory, None, dtype=dtype) as opened:
-        written = sum(math.prod(shape) for shape in opened.shapes.values()) * numpy_dtype(opened.config.dtype).itemsize
-        require_space(target, written)
-        files = opened.files
-        meter = Meter(progress, opened.reader.nbytes + sum(path.stat().st_size for path in files) + written)
-        params = read_state(opened, meter, mesh=mesh, rules=rules)
-    name = directory.name if Path(src).is_dir() else os.fspath(src)
+        config, params = checkpoint.restore(directory, dtype=dtype, mesh=mesh, rules=rules)
+        files: tuple[Path, ...] = (directory / checkpoint.MANIFEST_NAME,)
+        meter, written, name = Meter(None, 0), 0, directory.name
+    else:
+        with open_huggingface(directory, None, dtype=dtype) as opened:
+            config, files = opened.config, opened.files
+            written = sum(checkpoint.nbytes(leaf) for leaf in named_leaves(opened.abstract).values())
+            require_space(target, written)
+            meter = Meter(progress, opened.reader.nbytes + sum(path.stat().st_size for path in files) + written)
+            params = read_state(opened, meter, mesh=mesh, rules=rules)
+        name = directory.name if Path(src).is_dir() else os.fspath(src)
+    writes_manifest = mesh is None or processes(mesh.devices.flat)[0] == jax.process_index()
     result = checkpoint.save(
-        target, params, config=opened.config, overwrite=overwrite, text_files=directory,
-        source={"name": name, "files": _digests(files, meter)} if _writes_manifest(mesh) else None)
+        target, params, config=config, overwrite=overwrite, text_files=directory,
+        source={"name": name, "files": file_digests(files, directory, meter.advance)} if writes_manifest else None)
     meter.advance(written)
     return result
-
-
-def _writes_manifest(mesh: Mesh | None) -> bool:
-    return mesh is None or processes(mesh.devices.flat)[0] == jax.process_index()
-
-
-def _save_again(
-    directory: Path, target: Path, *, dtype: str | None, overwrite: bool, mesh: Mesh | None, rules: Rules | None
-) -> Path:
-    """A converted checkpoint once more, in another dtype."""
-    config, params = checkpoint.restore(directory, dtype=dtype, mesh=mesh, rules=rules)
-    manifest = directory / checkpoint.MANIFEST_NAME
-    return checkpoint.save(
-        target, params, config=config, overwrite=overwrite, text_files=directory,
-        source={"name": directory.name, "files": _digests((manifest,), Meter(None, 0))})

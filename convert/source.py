@@ -10,6 +10,7 @@ from pathlib import Path
 
 from convert.errors import SourceError
 from convert.hf_config import CONFIG_NAME, hf_fields
+from djax.errors import first_line
 from djax.models.config import ModelConfig
 
 TEXT_FILES = (
@@ -28,10 +29,9 @@ def _download(repository: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # the client raises its own, its HTTP library's and OSError
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise SourceError(
-            f"is no local directory, and fetching it from the hub failed ({first_line}); check the name and "
-            "the network, or give a local directory", file=repository) from error
+            f"is no local directory, and fetching it from the hub failed ({first_line(error, 200)}); check the name "
+            "and the network, or give a local directory", file=repository) from error
 
 
 def resolve_source(source: str | os.PathLike[str]) -> Path:

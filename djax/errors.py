@@ -54,6 +54,11 @@ def shown(value: object) -> str:
     return one_line(repr(value), _LONGEST_VALUE)
 
 
+def first_line(error: BaseException, longest: int = 300) -> str:
+    """What an error of a library says, without what follows its first line; its type's name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:longest]
+
+
 def check_number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False, advice: str = "",
 ) -> Any:

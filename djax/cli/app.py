@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +17,15 @@ from djax.cli.flags import (
     DISTRIBUTED_METAVAR,
     MESH_HELP,
     MESH_METAVAR,
+    Debug,
     LengthFlags,
     ModelFlags,
     RecipeFlags,
     SamplingFlags,
+    Source,
     with_flags,
 )
+from djax.cli.inspect import inspect_command
 from djax.cli.interrupt import interruptible, reaching
 from djax.cli.mesh import Place, place
 from djax.cli.parts import parts_command
@@ -47,8 +47,6 @@ Json = Annotated[bool, typer.Option(
     "--json", help="One JSON object per prompt on standard output: text, tokens, counts, stop reason.")]
 JsonFull = Annotated[bool, typer.Option(
     "--json-full", help="The same with the whole canvas, and step and log-probability of each token.")]
-Source = Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint directory or hub id.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def main() -> None:
@@ -223,64 +221,7 @@ def train(
 
 app.command("plan", cls=OneLineCommand)(plan_command)
 app.command("parts", cls=OneLineCommand)(parts_command)
-
-
-@app.command(cls=OneLineCommand)
-def inspect(
-    source: Source, *,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Show a checkpoint: configuration, parameter count, bytes, and what its keys map to."""
-    from convert import resolve_source
-    from convert.checkpoint import is_converted
-    from djax import assets
-    from djax.cli.outputs import print_summary
-
-    directory = resolve_source(assets.resolve(source))
-    print_summary((_converted if is_converted(directory) else _hugging_face)(directory), as_json=json)
-
-
-def _hugging_face(directory: Path) -> dict[str, Any]:
-    """What a Hugging Face directory holds, from its headers."""
-    import convert as converter
-    from convert.mapping import FLOAT_DTYPES
-    from convert.safetensors_io import SafetensorsReader
-
-    described = converter.describe(directory)
-    per_dtype: Counter[str] = Counter()
-    with SafetensorsReader(directory) as reader:
-        for tensor in reader.tensors.values():
-            per_dtype[FLOAT_DTYPES.get(tensor.dtype, tensor.dtype)] += tensor.nbytes
-    return {
-        "directory": str(directory), "format": "huggingface", "config": dataclasses.asdict(described.config),
-        "parameter_count": sum(math.prod(parameter.shape) for parameter in described.parameters),
-        "bytes": described.nbytes, "bytes_per_dtype": dict(per_dtype), "files": list(described.files),
-        "parameters": [{"name": parameter.name, "shape": list(parameter.shape), "axes": list(parameter.axes),
-                        "keys": list(parameter.keys)} for parameter in described.parameters],
-        "ignored": list(described.ignored)}
-
-
-def _converted(directory: Path) -> dict[str, Any]:
-    """What a directory written by `djax convert` holds, from its manifest."""
-    import jax.numpy as jnp
-
-    from convert import model_config
-    from convert.checkpoint import read_manifest
-
-    manifest = read_manifest(directory)
-    shapes = manifest["parameters"]
-    count = sum(math.prod(shape) for shape in shapes.values())
-    dtype = manifest["dtype"]
-    nbytes = count * jnp.dtype(dtype).itemsize
-    config = dataclasses.replace(model_config(manifest["config"]), dtype=dtype)
-    return {
-        "directory": str(directory), "format": "djax", "config": dataclasses.asdict(config),
-        "parameter_count": count, "bytes": nbytes, "bytes_per_dtype": {dtype: nbytes},
-        "files": list(manifest["files"]),
-        "parameters": [{"name": name, "shape": list(shape), "axes": None, "keys": [name]}
-                       for name, shape in shapes.items()],
-        "ignored": []}
+app.command("inspect", cls=OneLineCommand)(inspect_command)
 
 
 def _arguments(flags: RecipeFlags, sampling: SamplingFlags) -> dict[str, Any]:

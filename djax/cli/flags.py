@@ -19,6 +19,8 @@ MESH_HELP = "Devices to split the model over: tensor=4,expert=2, or tp, ep, tp_e
 DISTRIBUTED_HELP = (
     "This is one of several processes that run the same command: auto finds the others on Cloud TPU, GKE, SLURM and "
     "Open MPI. The first one reads and prints.")
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint directory or hub id.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def _option(name: str, *, panel: str, help: str, metavar: str | None = None) -> Any:

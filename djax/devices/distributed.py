@@ -20,15 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Int
 
-from djax.errors import ArgumentError, check_integer
+from djax.errors import ArgumentError, check_integer, first_line
 
-_ABSENT, _GIVEN, _FAILED = range(3)
-_MOST_NAMES = 30
 _LONGEST_MESSAGE = 2000
+_LONGEST_TELLING = 16 * 1024
+"""Room for a message whose characters are all escaped and for fifty digests with their names."""
 _SMALLEST_PAYLOAD = 1024
 _WARNING_SECONDS = 0.5
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
@@ -127,7 +127,7 @@ def with_peers(mesh: Mesh | None) -> Iterator[None]:
             raise
         raise PeerLost(
             f"processes: got a failed collective among {_listed(processes(mesh.devices.flat))} "
-            f"({str(error).splitlines()[0][:300]}); most likely one of them ended: its own output says why; start all "
+            f"({first_line(error)}); most likely one of them ended: its own output says why; start all "
             "of them again") from error
 
 
@@ -141,7 +141,7 @@ def share(
 
     Args:
         make: called once; returns None where another process has the value. What it raises is raised on every process.
-        devices: of the processes that take part.
+        devices: of the processes that take part: of all that there are, or of this one alone.
         name: of the value, for messages.
         same: values by name that have to be alike on all processes: pytrees of numbers, arrays and texts.
 
@@ -149,111 +149,85 @@ def share(
         PeerError: (a ValueError) `make` failed in another process; says in which and why.
         PeerLost: another process ended in the meantime.
         ValueError: no process has the value, or some have it and others not; two have different ones, or different
-            values in `same`; this process has none of the devices. All processes raise it, and name what differs.
+            values in `same`; the devices are not those of all processes. All processes raise it, and name what differs.
     """
-    everyone = sorted(devices, key=lambda device: device.id)
-    peers = processes(everyone)
+    peers = processes(devices)
     if jax.process_index() not in peers:
         raise ArgumentError(
             "mesh", f"devices of processes {_listed(peers)}", allowed="some of every process that calls: this is "
             f"process {jax.process_index()} and has none of them", advice="use such a mesh")
     if len(peers) == 1:
         return make()
-    state, payload, failure = _made(make)
-    own = np.zeros((len(peers), 4 + 2 * _MOST_NAMES), np.int32)
-    own[peers.index(jax.process_index())] = _header(state, payload, same)
-    headers = _total(own, everyone)
-    states = headers[:, 0]
-    if (states == _FAILED).any():
-        first = int((states == _FAILED).argmax())
-        message = _spread(payload, headers, first, peers, everyone)
-        if failure is not None:
-            raise failure
-        raise PeerError(f"process {peers[first]} of {len(peers)}: {message.decode(errors='replace')}")
-    _check_same(headers[:, 4:], tuple(same), peers)
-    return json.loads(_given(payload, headers, name, peers, everyone))
-
-
-def _made(make: Callable[[], Any]) -> tuple[int, bytes, Exception | None]:
-    """State, and the value or the failure's message as bytes."""
-    try:
-        value = make()
-        if value is None:
-            return _ABSENT, b"", None
-        return _GIVEN, json.dumps(value, default=lambda array: array.tolist()).encode(), None
-    except Exception as error:  # whatever it is, the others wait for this process
-        message = str(error) or type(error).__name__
-        return _FAILED, message.encode()[:_LONGEST_MESSAGE], error
-
-
-def _header(state: int, payload: bytes, same: Mapping[str, Any]) -> Int[np.ndarray, " H"]:
-    """State, length, digest, and a digest for every value that must be the same."""
-    if len(same) > _MOST_NAMES:
-        raise ArgumentError("same", f"{len(same)} names", allowed=f"at most {_MOST_NAMES}")
-    digests = [_words(hashlib.sha256(payload))] + [digest(value) for value in same.values()]
-    header = np.zeros(4 + 2 * _MOST_NAMES, np.int32)
-    header[:2] = state, len(payload)
-    header[2 : 2 + 2 * len(digests)] = np.concatenate(digests)
-    return header
-
-
-def _check_same(digests: Int[np.ndarray, "P H"], names: Sequence[str], peers: Sequence[int]) -> None:
-    for index, name in enumerate(names):
-        own = digests[:, 2 * index : 2 * index + 2]
-        differs = (own != own[0]).any(axis=1)
-        if differs.any():
-            raise ArgumentError(
-                name, f"different values on processes {peers[0]} and {peers[int(differs.argmax())]}",
-                allowed="one for all", advice="give the same on every process")
-
-
-def _given(
-    payload: bytes, headers: Int[np.ndarray, "P H"], name: str, peers: Sequence[int], devices: Sequence[jax.Device]
-) -> bytes:
-    """The payload of all, fetched where this process has none."""
-    giving = np.flatnonzero(headers[:, 0] == _GIVEN)
-    if len(giving) == len(peers):
-        differs = (headers[:, 1:4] != headers[0, 1:4]).any(axis=1)
-        if differs.any():
-            raise ArgumentError(
-                name, f"different ones on processes {peers[0]} and {peers[int(differs.argmax())]}",
-                allowed="the same on all, or None on all but one")
-        return payload
-    if len(giving) != 1:
-        where = f"processes {_listed([peers[int(index)] for index in giving])}" if len(giving) else "no process"
+    if len(peers) < jax.process_count():
+        raise ArgumentError(
+            "mesh", f"devices of processes {_listed(peers)} of {jax.process_count()}", allowed="those of one process, "
+            "or some of every process", advice="use such a mesh, or start fewer processes")
+    payload, failure = _made(make)
+    with with_peers(Mesh(np.array(jax.devices()), ("devices",))):
+        told = _tell({
+            "length": len(payload), "digest": hashlib.sha256(payload).hexdigest(), "failure": _message(failure),
+            "same": {key: digest(value).tolist() for key, value in same.items()}})
+        given = [process for process, one in enumerate(told) if one["length"]]
+        if len(given) == 1:
+            payload = _spread(payload, length=told[given[0]]["length"], source=given[0])
+    if failure is not None:
+        raise failure
+    for process, one in enumerate(told):
+        if one["failure"] is not None:
+            raise PeerError(f"process {process} of {len(told)}: {one['failure']}")
+    for key in dict.fromkeys(key for one in told for key in one["same"]):
+        _check_alike([one["same"].get(key) for one in told], key, "values", allowed="one for all",
+                     advice="give the same on every process")
+    if len(given) == len(told):
+        _check_alike([one["digest"] for one in told], name, "ones",
+                     allowed="the same on all, or None on all but one")
+    elif len(given) != 1:
+        where = f"processes {_listed(given)}" if given else "no process"
         raise ArgumentError(
             name, f"them on {where} of {_listed(peers)}", allowed="all or one",
             advice="give them on every process, or on one and None on the others")
-    return _spread(payload, headers, int(giving[0]), peers, devices)
+    return json.loads(payload)
 
 
-def _spread(
-    payload: bytes, headers: Int[np.ndarray, "P H"], source: int, peers: Sequence[int], devices: Sequence[jax.Device]
-) -> bytes:
-    """The bytes of the process `peers[source]`, on every process."""
-    length = int(headers[source, 1])
+def _made(make: Callable[[], Any]) -> tuple[bytes, Exception | None]:
+    """The value as JSON, nothing if there is none; and what it failed with."""
+    try:
+        value = make()
+        return b"" if value is None else json.dumps(value, default=lambda array: array.tolist()).encode(), None
+    except Exception as error:  # whatever it is, the others wait for this process
+        return b"", error
+
+
+def _message(failure: Exception | None) -> str | None:
+    if failure is None:
+        return None
+    text = (str(failure) or type(failure).__name__).encode(errors="replace")
+    return text[:_LONGEST_MESSAGE].decode(errors="ignore")
+
+
+def _tell(own: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What every process tells the others about its value, in their order."""
+    room = np.zeros(_LONGEST_TELLING, np.uint8)
+    text = json.dumps(own, ensure_ascii=False).encode()
+    room[: len(text)] = np.frombuffer(text, np.uint8)
+    return [json.loads(row.tobytes().rstrip(b"\0")) for row in multihost_utils.process_allgather(room)]
+
+
+def _spread(payload: bytes, *, length: int, source: int) -> bytes:
+    """The `length` bytes of the process `source`, on every process."""
     # powers of two, so that few lengths are compiled
-    room = max(_SMALLEST_PAYLOAD, 1 << max(length - 1, 0).bit_length())
-    words = np.zeros(room // 4, np.int32)
-    if peers[source] == jax.process_index():
-        words.view(np.uint8)[:length] = np.frombuffer(payload, np.uint8)
-    return _total(words, devices).tobytes()[:length]
+    room = np.zeros(max(_SMALLEST_PAYLOAD, 1 << max(length - 1, 0).bit_length()), np.uint8)
+    is_source = source == jax.process_index()
+    if is_source:
+        room[:length] = np.frombuffer(payload, np.uint8)
+    return multihost_utils.broadcast_one_to_all(room, is_source=is_source).tobytes()[:length]
 
 
-def _total(values: Int[np.ndarray, "..."], devices: Sequence[jax.Device]) -> Int[np.ndarray, "..."]:
-    """The sum of what the processes give."""
-    mesh = Mesh(np.array(devices), ("devices",))
-    local = [device for device in devices if device.process_index == jax.process_index()]
-    shards = [jax.device_put((values if device == local[0] else np.zeros_like(values))[None], device)
-              for device in local]
-    parts = jax.make_array_from_single_device_arrays(
-        (len(devices), *values.shape), NamedSharding(mesh, P("devices")), shards)
-    with with_peers(mesh):
-        return np.asarray(jax.jit(_sum, out_shardings=NamedSharding(mesh, P()))(parts))
-
-
-def _sum(parts: Int[Array, "D ..."]) -> Int[Array, "..."]:
-    return jnp.sum(parts, axis=0, dtype=parts.dtype)
+def _check_alike(values: Sequence[Any], name: str, what: str, *, allowed: str, advice: str = "") -> None:
+    """Raise ArgumentError unless all processes have what process 0 has."""
+    for process, value in enumerate(values):
+        if value != values[0]:
+            raise ArgumentError(name, f"different {what} on processes 0 and {process}", allowed=allowed, advice=advice)
 
 
 def digest(value: Any) -> Int[np.ndarray, "2"]:
@@ -269,10 +243,6 @@ def digest(value: Any) -> Int[np.ndarray, "2"]:
         array = np.asarray(leaf)
         content = _ADDRESS.sub("", repr(leaf)).encode() if array.dtype.hasobject else array.tobytes()
         total.update(f"{array.dtype}{array.shape}".encode() + content)
-    return _words(total)
-
-
-def _words(total: Any) -> Int[np.ndarray, "2"]:
     return np.frombuffer(total.digest()[:8], np.int32)
 
 

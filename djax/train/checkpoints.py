@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from djax.errors import ArgumentError, check_integer
+from djax.errors import ArgumentError, check_integer, first_line
 from djax.train.step import TrainState
 
 
@@ -17,10 +17,6 @@ def _flat(state: TrainState) -> dict[str, Any]:
     """Leaves by a name that says where they are; plain strings, so that any Orbax user can read them."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 class Checkpoints:
@@ -60,8 +56,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # Orbax and TensorStore raise several kinds for a failed write
             raise OSError(
-                f"{self._directory / str(step)}: got a checkpoint that cannot be written ({_reason(error)}); allowed a "
-                "directory with free space; the earlier checkpoints are whole: free some and start again") from error
+                f"{self._directory / str(step)}: got a checkpoint that cannot be written ({first_line(error)}); "
+                "allowed a directory with free space; the earlier checkpoints are whole: free some and start again"
+            ) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint and its `meta`, with the dtypes and shardings of `like`; None if there is none.
@@ -96,5 +93,5 @@ class Checkpoints:
             earlier = self.steps[:-1]
             go_on = f"go on from step {earlier[-1]}" if earlier else "start anew"
             raise ArgumentError(
-                str(self._directory / str(step)), f"a checkpoint that cannot be restored ({_reason(error)})",
+                str(self._directory / str(step)), f"a checkpoint that cannot be restored ({first_line(error)})",
                 allowed="a complete one of this configuration", advice=f"remove that directory to {go_on}") from error

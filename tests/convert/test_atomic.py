@@ -181,10 +181,10 @@ def test_exchange_reports_its_error(tmp_path: Path) -> None:
 
 
 def test_an_unwritable_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**rest: object) -> str:
+    def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(atomic.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(DestinationError, match="Permission denied"):
         publish(tmp_path / "model", "new")
 

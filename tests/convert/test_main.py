@@ -78,10 +78,10 @@ def test_a_terminated_run_cleans_up(source: Path, tmp_path: Path) -> None:
     code = """
 import sys, time
 import convert.checkpoint, convert.__main__ as command, typer
-def slow(directory):
+def slow(*arguments):
     print("writing", flush=True)
     time.sleep(60)
-convert.checkpoint._digests = slow
+convert.checkpoint._manifest = slow
 sys.argv = ["convert", *sys.argv[1:]]
 typer.run(command.main)
 """

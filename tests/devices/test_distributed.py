@@ -260,6 +260,12 @@ def test_a_mesh_without_this_process_is_refused():
         distributed.share(lambda: 1, devices=[_Device(1, 4), _Device(0, 3)], name="value")  # type: ignore[list-item]
 
 
+def test_a_mesh_of_some_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(ValueError, match=r"mesh: got devices of processes 0, 2 of 3; allowed .* of every process"):
+        distributed.share(lambda: 1, devices=[_Device(1, 2), _Device(0, 0)], name="value")  # type: ignore[list-item]
+
+
 SAME = [
     lambda: recipes.dinfer(), lambda: recipes.dinfer_hierarchical(high=0.9, low=0.4), lambda: jax.random.key(3),
     lambda: {"b": 1, "a": [np.arange(3), None, "text"]}, lambda: jnp.float32(0.5), lambda: object]

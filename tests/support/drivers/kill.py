@@ -23,7 +23,7 @@ from convert.checkpoint import read_manifest
 
 EVENTS = frozenset({
     "open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.listdir", "os.scandir", "shutil.rmtree",
-    "shutil.copyfile", "tempfile.mkdtemp", "fcntl.flock"})
+    "shutil.copyfile", "fcntl.flock"})
 
 
 def in_child(action: Callable[[], None]) -> int:
