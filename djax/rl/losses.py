@@ -13,6 +13,7 @@ different estimates is no ratio.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -104,67 +105,28 @@ def grpo_loss(
                        reference=reference, beta=beta, clip_low=clip_low, clip_high=clip_high)
 
 
-def diffu_grpo_loss(
-    log_probs: Float[Array, "B T"],
-    advantages: Float[Array, " B"],
-    *,
-    mask: Bool[Array, "B T"],
-    old: Float[Array, "B T"] | None = None,
-    reference: Float[Array, "B T"] | None = None,
-    beta: Number = 0.04,
-    clip_low: Number = 0.2,
-    clip_high: Number = 0.2,
-) -> tuple[Float[Array, ""], PolicyReport]:
-    """diffu-GRPO (d1, arXiv 2504.12216): GRPO on mean-field log-probs, log p(o_t | q', all of o masked).
+diffu_grpo_loss = partial(grpo_loss, beta=0.04)
+"""diffu-GRPO (d1, arXiv 2504.12216): GRPO on mean-field log-probs, log p(o_t | q', all of o masked).
 
-    They are those of `masked_states(scheme="one_step")`; q' is the prompt, each token masked with the probability
-    p_mask (0.15 in the paper), drawn anew for each inner update. The paper's advantages are r - mean
-    (`group_advantages(scale="none")`). Arguments and result as of `grpo_loss`.
-    """
-    return grpo_loss(log_probs, advantages, mask=mask, old=old, reference=reference, beta=beta, clip_low=clip_low,
-                     clip_high=clip_high)
+They are those of `masked_states(scheme="one_step")`; q' is the prompt, each token masked with the probability p_mask
+(0.15 in the paper), drawn anew for each inner update. The paper's advantages are r - mean
+(`group_advantages(scale="none")`).
+"""
 
+coupled_grpo_loss = partial(grpo_loss, beta=0.01)
+"""Coupled-GRPO (DiffuCoder, arXiv 2506.20639): GRPO on log-probs of paired masks.
 
-def coupled_grpo_loss(
-    log_probs: Float[Array, "B T"],
-    advantages: Float[Array, " B"],
-    *,
-    mask: Bool[Array, "B T"],
-    old: Float[Array, "B T"] | None = None,
-    reference: Float[Array, "B T"] | None = None,
-    beta: Number = 0.01,
-    clip_low: Number = 0.2,
-    clip_high: Number = 0.2,
-) -> tuple[Float[Array, ""], PolicyReport]:
-    """Coupled-GRPO (DiffuCoder, arXiv 2506.20639): GRPO on log-probs of paired masks.
+They are those of `masked_states(scheme="coupled")`, means over two masks that complement each other, so that every
+token is scored once in a partly known context, and the full mask. The paper's baseline leaves the row itself out
+(`group_advantages(scale="leave_one_out")`).
+"""
 
-    They are those of `masked_states(scheme="coupled")`, means over two masks that complement each other, so that every
-    token is scored once in a partly known context, and the full mask. The paper's baseline leaves the row itself out
-    (`group_advantages(scale="leave_one_out")`). Arguments and result as of `grpo_loss`.
-    """
-    return grpo_loss(log_probs, advantages, mask=mask, old=old, reference=reference, beta=beta, clip_low=clip_low,
-                     clip_high=clip_high)
+just_grpo_loss = partial(grpo_loss, beta=0.0)
+"""JustGRPO ("The Flexibility Trap", arXiv 2601.15165): plain GRPO on a left-to-right policy.
 
-
-def just_grpo_loss(
-    log_probs: Float[Array, "B T"],
-    advantages: Float[Array, " B"],
-    *,
-    mask: Bool[Array, "B T"],
-    old: Float[Array, "B T"] | None = None,
-    reference: Float[Array, "B T"] | None = None,
-    beta: Number = 0.0,
-    clip_low: Number = 0.2,
-    clip_high: Number = 0.2,
-) -> tuple[Float[Array, ""], PolicyReport]:
-    """JustGRPO ("The Flexibility Trap", arXiv 2601.15165): plain GRPO on a left-to-right policy.
-
-    The log-probs are those of `masked_states(scheme="autoregressive")`, the exact chain rule, one forward a token;
-    rollouts are sampled one token at a time from left to right, so that this is the policy that sampled. Arguments and
-    result as of `grpo_loss`.
-    """
-    return grpo_loss(log_probs, advantages, mask=mask, old=old, reference=reference, beta=beta, clip_low=clip_low,
-                     clip_high=clip_high)
+The log-probs are those of `masked_states(scheme="autoregressive")`, the exact chain rule, one forward a token;
+rollouts are sampled one token at a time from left to right, so that this is the policy that sampled.
+"""
 
 
 def trace_grpo_loss(
