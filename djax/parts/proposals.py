@@ -23,10 +23,7 @@ class Greedy:
     """The most probable token; the lowest id among equals."""
 
     reads: ClassVar[bool] = True
-
-    def distribution_changes(self) -> tuple[Any, ...]:
-        """None."""
-        return ()
+    distribution_changes: ClassVar[tuple[Any, ...]] = ()
 
     def step(self, keys: Key[Array, " B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """Candidates with their probability and log-prob at temperature 1."""
@@ -69,8 +66,9 @@ class Sample:
         """Whether nothing looks at all of the vocabulary."""
         return not self.filters
 
+    @property
     def distribution_changes(self) -> tuple[Any, ...]:
-        """The filters."""
+        """The filters: they take probability from tokens that are allowed."""
         return self.filters
 
     def sampling_temperature(self) -> float | Float[Array, ""]:
@@ -116,8 +114,9 @@ class RefuseToken:
         """Whether the inner one does."""
         return answers.reads(self.propose)
 
+    @property
     def distribution_changes(self) -> tuple[Any, ...]:
-        """The inner one's."""
+        """The inner one's: refusing a token leaves the draw as it is."""
         return answers.distribution_changes(self.propose)
 
     def sampling_temperature(self) -> float | Float[Array, ""]:
