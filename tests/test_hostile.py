@@ -213,8 +213,8 @@ COMMANDS: list[tuple[list[str], str]] = [
     (["train"], "CONFIG.toml: got nothing"),
     (["train", "@absent"], "{absent}: got an error from the system (No such file"),
     (["train", "@no.toml"], "{no.toml}: got no TOML"),
-    (["train", "@seed.toml"], "{seed.toml}: training.seed: got -1; allowed an integer from 0"),
-    (["train", "@steps.toml"], "{steps.toml}: training.steps: got 1.5; allowed an integer"),
+    (["train", "@seed.toml"], "{seed.toml}: training.seed: got -1; allowed a number greater than or equal to 0"),
+    (["train", "@steps.toml"], "{steps.toml}: training.steps: got 1.5; allowed a valid integer"),
     (["train", "@typo.toml"], "{typo.toml}: training.stepz: got a field that does not exist"),
     (["train", "@mesh.toml"], "{mesh.toml}: mesh: got data=4096"),
 ]

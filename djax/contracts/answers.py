@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from djax.contracts.types import FORBID_NOTHING, CachePolicy, Forbidden, Propose, Transform
+from djax.contracts.types import FORBID_NOTHING, CachePolicy, Forbidden, PartState, Propose, Transform
 
 
 def reads(part: Any) -> bool:
@@ -18,8 +18,8 @@ def reads(part: Any) -> bool:
 
 
 def forbids(transform: Transform) -> bool:
-    """Whether a reading transform drops tokens through `forbidden()`. Unsaid: yes."""
-    return bool(getattr(transform, "forbids", True))
+    """Whether a reading transform drops tokens. Unsaid: if it has a `forbidden`."""
+    return bool(getattr(transform, "forbids", hasattr(transform, "forbidden")))
 
 
 def forbidden(transform: Transform) -> Forbidden:
@@ -33,8 +33,13 @@ def distribution_changes(part: Transform | Propose) -> tuple[Any, ...]:
 
     Unsaid: the part itself.
     """
-    said = getattr(part, "distribution_changes", None)
-    return (part,) if said is None else said()
+    return getattr(part, "distribution_changes", (part,))
+
+
+def asks(transform: Transform, state: PartState) -> Int[Array, "B L S"] | None:
+    """The tokens whose logits a reading transform has to know. Unsaid: none."""
+    said = getattr(transform, "asks", None)
+    return None if said is None else said(state)
 
 
 def sampling_temperature(propose: Propose) -> float | Float[Array, ""]:

@@ -20,8 +20,8 @@ from djax.errors import ArgumentError, one_line
 
 AXES = ("strategy", "cache_policy", "transform", "propose", "smoothing", "stop_rule")
 """The axes of the loop, by the names of `Parts`' fields."""
-_LENGTH, _VOCAB, _CANVAS, _FIRST, _WIDTH = 4, 11, 13, 5, 3
-"""Sizes of the small block; all differ, so that a mistaken axis shows."""
+LENGTH, VOCAB, CANVAS, FIRST, WIDTH = 8, 12, 40, 16, 5
+"""Sizes of the small block and canvas; all differ, so that a mistaken axis shows."""
 Shaped = jax.ShapeDtypeStruct
 
 
@@ -93,69 +93,95 @@ def _problem(axis: str, structure: Any, kinds: tuple[Any, ...]) -> str | None:
         return f"which fails: {type(error).__name__}: {one_line(str(error))[:300]}"
 
 
+def call(axis: str, part: Any, state: Any, *given: Any) -> tuple[Any, Any]:
+    """What a part gives for `arguments(axis, ...)` of these shapes, and its next state."""
+    if axis in ("strategy", "transform"):
+        return part.step(*given, state)
+    if axis == "cache_policy":
+        return part.plan(*given, CANVAS, LENGTH), state
+    if axis == "stop_rule":
+        return (part.step(*given), part.ends(given[0])), state
+    return part.step(*given), state
+
+
+def first_state(axis: str, part: Any, batch: int) -> Any:
+    """A part's state on entering the small block; () on an axis without one."""
+    return part.init(batch, LENGTH) if axis in ("strategy", "transform") else ()
+
+
+def arguments(axis: str, batch: int) -> tuple[Any, ...]:
+    """Shapes of what `call` hands to a part of an axis."""
+    block, canvas = (batch, LENGTH), (batch, CANVAS)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl="threefry2x32"), batch))
+    tokens, is_masked, number = Shaped(block, jnp.int32), Shaped(block, bool), Shaped(block, jnp.float32)
+    scalar, logits = Shaped((), jnp.int32), Shaped((*block, VOCAB), jnp.float32)
+    info: Any = StepInfo(step=Shaped((batch,), jnp.int32), step_in_block=scalar,  # type: ignore[arg-type]
+                         block=scalar, block_start=scalar, is_open=is_masked)  # type: ignore[arg-type]
+    candidates: Any = Candidates(token=tokens, confidence=number, log_prob=number,  # type: ignore[arg-type]
+                                 current=number)  # type: ignore[arg-type]
+    flags, inputs = Shaped(canvas, bool), Shaped((*block, WIDTH), jnp.float32)
+    return {"strategy": (keys, candidates, is_masked, info), "transform": (logits, is_masked),
+            "propose": (keys, logits, tokens), "cache_policy": (info,), "smoothing": (inputs, inputs, is_masked, info),
+            "stop_rule": (Shaped(canvas, jnp.int32), flags, flags, info)}[axis]
+
+
+def _traced(axis: str, part: Any, batch: int) -> tuple[Any, str | None]:
+    """What the part gives, and how its next state differs from the one that the loop carries."""
+    before = jax.eval_shape(lambda part: first_state(axis, part, batch), part)
+    given, after = jax.eval_shape(functools.partial(call, axis), part, before, *arguments(axis, batch))
+    if not same_structure(before, after):
+        return given, "whose step gives a state of another structure than init"
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            return given, (f"whose step gives a state of shape {list(new.shape)} and dtype {new.dtype} where init gave "
+                           f"{list(old.shape)} and {old.dtype}")
+    return given, None
+
+
 def _strategy(part: Any, batch: int) -> str | None:
-    block = (batch, _LENGTH)
-    state = _state(part, batch)
     bounds = []
 
     def bound(part: Any) -> Any:
-        bounds.append(part.max_steps(_LENGTH))
+        bounds.append(part.max_steps(LENGTH))
         return jnp.asarray(bounds[0], jnp.int32)
 
-    if _traced(bound, part).shape != () or (isinstance(bounds[0], int | float) and
-                                            not (isinstance(bounds[0], int) and bounds[0] >= 1)):
+    if jax.eval_shape(bound, part).shape != () or (isinstance(bounds[0], int | float) and
+                                                   not (isinstance(bounds[0], int) and bounds[0] >= 1)):
         return f"whose max_steps gives {bounds[0]!r}, not a whole number of at least 1"
     if not isinstance(part.reopens, bool):
         return f"whose reopens is {part.reopens!r}, not True or False"
-    given, after = _traced(
-        lambda part, *rest: part.step(*rest), part, _keys(batch), example_candidates(batch, _LENGTH),
-        Shaped(block, bool), example_info(batch, _LENGTH), state)
-    if not isinstance(given, Decision):
-        return f"whose step gives a {type(given).__name__}, not a Decision"
-    return (_differs("step's commit", given.commit, block, "bool")
-            or _differs("step's reopen", given.reopen, block, "bool") or _changed(state, after))
+    given, changed = _traced("strategy", part, batch)
+    return _other_fields("step", given, Decision, (batch, LENGTH), commit="bool", reopen="bool") or changed
 
 
 def _transform(part: Any, batch: int) -> str | None:
-    logits = Shaped((batch, _LENGTH, _VOCAB), jnp.float32)
-    state = _state(part, batch)
-    given, after = _traced(lambda part, *rest: part.step(*rest), part, logits, Shaped((batch, _LENGTH), bool), state)
-    return _differs("step's logits", given, logits.shape, "float32") or _changed(state, after)
+    given, changed = _traced("transform", part, batch)
+    return _differs("step's logits", given, (batch, LENGTH, VOCAB), "float32") or changed
 
 
 def _propose(part: Any, batch: int) -> str | None:
-    block = (batch, _LENGTH)
-    given = _traced(lambda part, *rest: part.step(*rest), part, _keys(batch),
-                    Shaped((*block, _VOCAB), jnp.float32), Shaped(block, jnp.int32))
-    if not isinstance(given, Candidates):
-        return f"whose step gives a {type(given).__name__}, not Candidates"
-    kinds = {"token": "int32", "confidence": "float32", "log_prob": "float32", "current": "float32"}
-    return next(filter(None, (_differs(f"step's {name}", getattr(given, name), block, dtype)
-                              for name, dtype in kinds.items())), None)
+    given, _ = _traced("propose", part, batch)
+    return _other_fields("step", given, Candidates, (batch, LENGTH), token="int32", confidence="float32",
+                         log_prob="float32", current="float32")
 
 
 def _cache_policy(part: Any, batch: int) -> str | None:
-    width = part.window_length(_CANVAS, _FIRST, _LENGTH)
-    if width is not None and not (isinstance(width, int) and 1 <= width <= _CANVAS):
+    width = part.window_length(CANVAS, FIRST, LENGTH)
+    if width is not None and not (isinstance(width, int) and 1 <= width <= CANVAS):
         return f"whose window_length gives {width!r}, neither None nor a whole number from 1 to the canvas' length"
     if not isinstance(part.exact, bool):
         return f"whose exact is {part.exact!r}, not True or False"
-    given = _traced(lambda part, info: part.plan(info, _CANVAS, _LENGTH), part, example_info(batch, _LENGTH))
-    if not isinstance(given, Plan):
-        return f"whose plan gives a {type(given).__name__}, not a Plan"
-    return (_differs("plan's refresh", given.refresh, (), "bool") or _differs("plan's start", given.start, (), "int32")
-            or _differs("plan's end", given.end, (), "int32"))
+    given, _ = _traced("cache_policy", part, batch)
+    return _other_fields("plan", given, Plan, (), refresh="bool", start="int32", end="int32")
 
 
 def _smoothing(part: Any, batch: int) -> str | None:
     if not isinstance(part.soft, bool):
         return f"whose soft is {part.soft!r}, not True or False"
-    inputs = Shaped((batch, _LENGTH, _WIDTH), jnp.bfloat16)
-    expected = Shaped(inputs.shape, jnp.float32)
-    given = _traced(lambda part, *rest: part.step(*rest), part, inputs, expected, Shaped((batch, _LENGTH), bool),
-                    example_info(batch, _LENGTH))
-    if getattr(given, "shape", None) != inputs.shape or not jnp.issubdtype(given.dtype, jnp.floating):
-        return _differs("step's inputs", given, inputs.shape, "float32")
+    given, _ = _traced("smoothing", part, batch)
+    shape = (batch, LENGTH, WIDTH)
+    if getattr(given, "shape", None) != shape or not jnp.issubdtype(given.dtype, jnp.floating):
+        return _differs("step's inputs", given, shape, "float32")
     return None
 
 
@@ -163,14 +189,11 @@ def _stop_rule(part: Any, batch: int) -> str | None:
     reasons = part.reasons
     if not isinstance(reasons, tuple) or not all(isinstance(reason, str) for reason in reasons):
         return f'whose reasons is {reasons!r}, not a tuple of texts such as ("eos",)'
-    canvas = (batch, _CANVAS)
-    tokens, flags = Shaped(canvas, jnp.int32), Shaped(canvas, bool)
-    given = _traced(lambda part, *rest: part.step(*rest), part, tokens, flags, flags, example_info(batch, _LENGTH))
+    (given, ends), _ = _traced("stop_rule", part, batch)
+    fill = jax.eval_shape(lambda part: part.fill(), part)
     if getattr(given, "dtype", None) not in (bool, jnp.int32):
         return _differs("step", given, (batch,), "bool")
-    ends = _traced(lambda part, tokens: part.ends(tokens), part, tokens)
-    fill = _traced(lambda part: part.fill(), part)
-    return (_differs("step", given, (batch,), given.dtype.name) or _differs("ends", ends, canvas, "bool")
+    return (_differs("step", given, (batch,), given.dtype.name) or _differs("ends", ends, (batch, CANVAS), "bool")
             or (None if fill is None or getattr(fill, "shape", None) == (len(reasons),)
                 else _differs("fill", fill, (), "int32")))
 
@@ -180,30 +203,12 @@ _CHECKS: dict[str, Callable[[Any, int], str | None]] = {
     "smoothing": _smoothing, "stop_rule": _stop_rule}
 
 
-def example_info(batch: int, length: int) -> Any:
-    """The shapes of a `StepInfo` of some rows and block length."""
-    scalar = Shaped((), jnp.int32)
-    return StepInfo(step=Shaped((batch,), jnp.int32), step_in_block=scalar, block=scalar,  # type: ignore[arg-type]
-                    block_start=scalar, is_open=Shaped((batch, length), bool))  # type: ignore[arg-type]
-
-
-def example_candidates(batch: int, length: int) -> Any:
-    """The shapes of `Candidates` of some rows and block length."""
-    number = Shaped((batch, length), jnp.float32)
-    return Candidates(token=Shaped((batch, length), jnp.int32), confidence=number,  # type: ignore[arg-type]
-                      log_prob=number, current=number)  # type: ignore[arg-type]
-
-
-def _keys(batch: int) -> Any:
-    return jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl="threefry2x32"), batch))
-
-
-def _state(part: Any, batch: int) -> Any:
-    return _traced(lambda part: part.init(batch, _LENGTH), part)
-
-
-def _traced(function: Callable[..., Any], *arguments: Any) -> Any:
-    return jax.eval_shape(function, *arguments)
+def _other_fields(method: str, given: Any, kind: type, shape: tuple[int, ...], **dtypes: str) -> str | None:
+    """How what a method gave differs from a dataclass of arrays of one shape."""
+    if not isinstance(given, kind):
+        return f"whose {method} gives a {type(given).__name__}, not a {kind.__name__}"
+    found = (_differs(f"{method}'s {name}", getattr(given, name), shape, dtype) for name, dtype in dtypes.items())
+    return next(filter(None, found), None)
 
 
 def _differs(what: str, given: Any, shape: tuple[int, ...], dtype: str) -> str | None:
@@ -213,17 +218,6 @@ def _differs(what: str, given: Any, shape: tuple[int, ...], dtype: str) -> str |
     axes = "a scalar" if not shape else f"shape {list(shape)}"
     return f"whose {what} has {'no shape' if found[0] is None else f'shape {list(found[0])}'} and dtype {found[1]}, " \
            f"not {axes} and {dtype}"
-
-
-def _changed(before: Any, after: Any) -> str | None:
-    """How a state differs from the one that the loop carries."""
-    if not same_structure(before, after):
-        return "whose step gives a state of another structure than init"
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
-            return (f"whose step gives a state of shape {list(new.shape)} and dtype {new.dtype} where init gave "
-                    f"{list(old.shape)} and {old.dtype}")
-    return None
 
 
 def _is_hashable(value: Any) -> bool:

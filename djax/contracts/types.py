@@ -240,7 +240,8 @@ class Transform(Protocol):
 class ReadingTransform(Transform, Protocol):
     """A transform that can do with a `Reading`: it forbids tokens, or changes logits of a few tokens it can name.
 
-    A transform without `reads` is always given logits. Both ways give the same candidates.
+    A transform without `reads` is always given logits. Both ways give the same candidates. One that forbids nothing may
+    leave `forbidden` out, and one that asks for nothing `asks` (`djax.contracts.answers`).
     """
 
     @property

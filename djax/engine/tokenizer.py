@@ -16,7 +16,6 @@ from djax.errors import ArgumentError, check_choice, shown
 ROLES = ("system", "user", "assistant")
 MASK_TOKEN = "<|mask|>"
 """How LLaDA's tokenizers write the mask."""
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LFS_POINTER = b"version https://git-lfs"
 
 Message = Mapping[str, str]
@@ -53,24 +52,6 @@ def check_messages(messages: Sequence[Message]) -> None:
         if message["role"] == "system" and index:
             raise ArgumentError(f"{where}.role", "'system'", allowed="user, assistant",
                                 advice="a system message can only be the first one")
-
-
-def render_chat(messages: Sequence[Message]) -> str:
-    """LLaDA-MoE-Instruct's prompt for a conversation, ready for the assistant's next answer.
-
-    No newline stands between the parts; a system message goes before `\\ndetailed thinking off`.
-
-    Raises:
-        ValueError: `messages` is not a conversation (`check_messages`).
-    """
-    check_messages(messages)
-    system, turns = "", messages
-    if messages[0]["role"] == "system":
-        system, turns = messages[0]["content"] + "\n", messages[1:]
-    names = {"user": "HUMAN", "assistant": "ASSISTANT"}
-    parts = [f"<role>SYSTEM</role>{system}detailed thinking off<|role_end|>"]
-    parts += [f"<role>{names[turn['role']]}</role>{turn['content']}<|role_end|>" for turn in turns]
-    return "".join(parts) + "<role>ASSISTANT</role>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,29 +137,35 @@ class Tokenizer:
         Raises:
             ValueError: an id is negative.
         """
+        return self.backend.decode(
+            self.known(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+
+    def known(self, ids: Iterable[int]) -> list[int]:
+        """The ids that have a token: all but the vocabulary's padding.
+
+        Raises:
+            ValueError: an id is negative.
+        """
         numbers = [int(number) for number in ids]
         if numbers and min(numbers) < 0:
             raise ArgumentError("ids", min(numbers), allowed="non-negative token ids")
-        return self.backend.decode([number for number in numbers if number < self.size],
-                                   skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+        return [number for number in numbers if number < self.size]
 
     def chat_text(self, messages: Sequence[Message]) -> str:
         """The prompt for a conversation by the checkpoint's own template, else by LLaDA-MoE's.
 
-        A checkpoint's template is rendered by transformers in Jinja's sandbox.
+        Templates are rendered by transformers in Jinja's sandbox. LLaDA-MoE's writes no newline between the parts; a
+        system message goes before `\\ndetailed thinking off`.
 
         Raises:
             ValueError: `messages` is not a conversation, or the template refuses it.
         """
         check_messages(messages)
-        if not self.backend.chat_template:
-            return render_chat(messages)
         try:
             return self.backend.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True)
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True,
+                chat_template=None if self.backend.chat_template else _llada_template())
         except Exception as error:  # a template may raise anything, through Jinja or by itself
-            if _is_bundled_template(self.backend.chat_template):  # no Jinja here, and none needed
-                return render_chat(messages)
             raise ArgumentError(
                 "messages", f"some that the checkpoint's chat template failed on ({shown(str(error))})",
                 allowed="what it accepts", advice="change them, or give the prompt as text or token ids") from error
@@ -218,13 +205,6 @@ class Tokenizer:
             mark += "\ue001"
         return self.chat_text([{**message, "content": mark} for message in messages]).split(mark)
 
-    def stable_prefix(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids` as far as no later token can change it: never half a UTF-8 character.
-
-        What may still be an unfinished character decodes to U+FFFD at the end, and is held back.
-        """
-        return self.decode(ids, skip_special=skip_special).rstrip(_REPLACEMENT)
-
     def stream(self, *, skip_special: bool = True) -> TextStream:
         """An incremental detokenizer for one sequence."""
         return TextStream(self, skip_special=skip_special)
@@ -237,35 +217,30 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._context: list[int] = []
-        """Tokens whose text is out: the next tokens decode differently without them (leading spaces)."""
-        self._pending: list[int] = []
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._start()
+
+    def _start(self) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._decoder = DecodeStream(skip_special_tokens=self._skip_special)
+        self._ids: list[int] = []
         self._emitted = 0
-        """Characters of the pending tokens' text that are out already."""
+        """Characters of the tokens' text that are out already."""
 
     def push(self, ids: Iterable[int]) -> str:
         """Text that the new tokens settle; may be empty."""
-        self._pending += [int(number) for number in ids]
-        text = self._text()
-        stable = text.rstrip(_REPLACEMENT)
-        new = stable[self._emitted:]
-        self._emitted = max(self._emitted, len(stable))
-        if stable == text and text:
-            self._context, self._pending, self._emitted = self._pending, [], 0
+        known = self._tokenizer.known(ids)
+        self._ids += known
+        new = "".join(self._decoder.step(self._tokenizer.backend.backend_tokenizer, token) or "" for token in known)
+        self._emitted += len(new)
         return new
 
     def finish(self) -> str:
         """What was held back: bytes that stayed incomplete come out as U+FFFD. The stream is then empty."""
-        new = self._text()[self._emitted:]
-        self._context, self._pending, self._emitted = [], [], 0
+        new = self._tokenizer.decode(self._ids, skip_special=self._skip_special)[self._emitted:]
+        self._start()
         return new
-
-    def _text(self) -> str:
-        before = self._tokenizer.decode(self._context, skip_special=self._skip_special)
-        text = self._tokenizer.decode(self._context + self._pending, skip_special=self._skip_special)
-        return text[len(before):]
 
 
 _QUIET = threading.Lock()
@@ -288,11 +263,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 @functools.cache
-def _bundled_template() -> str:
+def _llada_template() -> str:
     from djax import assets
 
     return (assets.path() / "chat_template.jinja").read_text(encoding="utf-8")
-
-
-def _is_bundled_template(template: object) -> bool:
-    return isinstance(template, str) and template.strip() == _bundled_template().strip()

@@ -140,9 +140,9 @@ def read_head(
     """What a head that is asked for a reading says; the block is at `offset` in the window."""
     transform, propose = cast(ReadingTransform, parts.transform), cast(ReadingPropose, parts.propose)
     tokens, is_masked = (_columns(array, info.block_start, block_length) for array in (state.tokens, state.is_masked))
-    asked = transform.asks(state.transform)
+    asked = answers.asks(transform, state.transform)
     ids = tokens[..., None] if asked is None else jnp.concatenate([tokens[..., None], asked], axis=-1)
-    query = HeadQuery(ids=ids, forbidden=transform.forbidden(), noise=propose.noise(keys, block_length))
+    query = HeadQuery(ids=ids, forbidden=answers.forbidden(transform), noise=propose.noise(keys, block_length))
     reading, expected = _read(
         cast(ReadingDenoiser, denoiser), params, hidden, query, offset=offset, block_length=block_length,
         soft=parts.smoothing.soft)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Float, Int, Key
 
 from djax.contracts import answers, struct
 from djax.contracts.types import Candidates, Filter, Logits, Noise, Propose, Reading
@@ -25,14 +25,11 @@ class Greedy:
     """The most probable token; the lowest id among equals."""
 
     reads: ClassVar[bool] = True
-
-    def distribution_changes(self) -> tuple[Any, ...]:
-        """None."""
-        return ()
+    distribution_changes: ClassVar[tuple[Any, ...]] = ()
 
     def step(self, keys: Key[Array, " B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """Candidates with their probability and log-prob at temperature 1."""
-        return _candidates(logits, first_argmax(logits), tokens, jnp.float32(1.0))
+        return self.read(reading_of(logits, tokens), tokens)
 
     def noise(self, keys: Key[Array, " B"], block_length: int) -> Noise | None:
         """None."""
@@ -40,7 +37,7 @@ class Greedy:
 
     def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
         """The same from a reading."""
-        return _candidates_of(reading, tokens)
+        return _candidates(reading, tokens)
 
 
 @struct.dataclass
@@ -71,8 +68,9 @@ class Sample:
         """Whether nothing looks at all of the vocabulary."""
         return not self.filters
 
+    @property
     def distribution_changes(self) -> tuple[Any, ...]:
-        """The filters."""
+        """The filters: they take probability from tokens that are allowed."""
         return self.filters
 
     def sampling_temperature(self) -> float | Float[Array, ""]:
@@ -81,36 +79,22 @@ class Sample:
 
     def step(self, keys: Key[Array, " B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
         """Candidates with their probability at temperature 1 and log-prob at the sampling temperature."""
-        temperature = jnp.asarray(self.temperature, jnp.float32)
         kept = logits
         for each in self.filters:
             kept = each.keep(kept)
-
-        def draw() -> Int[Array, "B L"]:
-            words = noise_keys(keys, logits.shape[1])[:, :, None]
-            ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
-            return first_argmax(kept + temperature * gumbel_noise(words, ids))
-
-        token = jax.lax.cond(temperature > 0, draw, lambda: first_argmax(kept))
-        divisor = jnp.where(temperature > 0, temperature, 1.0)
-        if not self.filters:
-            return self._decided_by(_candidates(logits, token, tokens, divisor))
-        drawn = _candidates(kept, token, tokens, divisor)
-        meant = _candidates(logits, token, tokens, jnp.float32(1.0))
-        return self._decided_by(dataclasses.replace(meant, log_prob=drawn.log_prob))
-
-    def _decided_by(self, candidates: Candidates) -> Candidates:
-        if self.confidence == "model":
-            return candidates
-        return dataclasses.replace(candidates, confidence=jnp.exp(candidates.log_prob))
+        return self.read(reading_of(logits, tokens, kept=kept, noise=self.noise(keys, logits.shape[1])), tokens)
 
     def noise(self, keys: Key[Array, " B"], block_length: int) -> Noise | None:
-        """The noise of every position, from the same words as in `step`."""
-        return Noise(temperature=jnp.asarray(self.temperature, jnp.float32), keys=noise_keys(keys, block_length))
+        """The temperature, and two random words for every position of each row, from the row's key."""
+        words = jax.vmap(lambda key: jax.random.bits(key, (block_length, 2), jnp.uint32))(keys)
+        return Noise(temperature=jnp.asarray(self.temperature, jnp.float32), keys=words)
 
     def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
         """The same from a reading."""
-        return self._decided_by(_candidates_of(reading, tokens))
+        candidates = _candidates(reading, tokens)
+        if self.confidence == "model":
+            return candidates
+        return dataclasses.replace(candidates, confidence=jnp.exp(candidates.log_prob))
 
 
 @struct.dataclass
@@ -132,8 +116,9 @@ class RefuseToken:
         """Whether the inner one does."""
         return answers.reads(self.propose)
 
+    @property
     def distribution_changes(self) -> tuple[Any, ...]:
-        """The inner one's."""
+        """The inner one's: refusing a token leaves the draw as it is."""
         return answers.distribution_changes(self.propose)
 
     def sampling_temperature(self) -> float | Float[Array, ""]:
@@ -157,9 +142,38 @@ class RefuseToken:
         return dataclasses.replace(candidates, confidence=jnp.where(refused, -jnp.inf, candidates.confidence))
 
 
-def noise_keys(keys: Key[Array, " B"], block_length: int) -> UInt32[Array, "B L 2"]:
-    """Two random words for every position of each row, from the row's key."""
-    return jax.vmap(lambda key: jax.random.bits(key, (block_length, 2), jnp.uint32))(keys)
+def reading_of(
+    logits: Logits, tokens: Int[Array, "B L"], *, kept: Logits | None = None, noise: Noise | None = None
+) -> Reading:
+    """What a head asked for `tokens` would say of these logits.
+
+    The draw is from `kept`, in which filters set logits of improbable tokens to -inf; without noise it is the best.
+    """
+    kept = logits if kept is None else kept
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
+    best, best_logit = first_argmax(logits), jnp.max(logits, axis=-1)
+    shift = jnp.where(jnp.isfinite(best_logit), best_logit, 0.0)
+
+    def log_sum(logits: Logits, temperature: Float[Array, ""] | float = 1.0) -> Float[Array, "B L"]:
+        # differences are divided and not logits, which overflow at low temperatures
+        return jnp.log(jnp.sum(jnp.exp((logits - shift[..., None]) / temperature), axis=-1))
+
+    def at(tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
+        return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+
+    drawn, tempered = best, log_sum(kept)
+    if noise is not None:
+        scale = noise.temperature
+        drawn = jax.lax.cond(
+            scale > 0, lambda: first_argmax(kept + scale * gumbel_noise(noise.keys[:, :, None], ids)), lambda: best)
+        # another pass over the vocabulary, which is worth a branch
+        tempered = jax.lax.cond((scale > 0) & (scale != 1), lambda: log_sum(kept, scale), lambda: tempered)
+    noise_of = lambda tokens: jnp.zeros(tokens.shape) if noise is None else gumbel_noise(noise.keys, tokens)  # noqa: E731
+    return Reading(
+        ids=tokens[..., None], logits=at(tokens)[..., None], noise=noise_of(tokens)[..., None], best=best,
+        best_logit=best_logit, best_noise=noise_of(best), drawn=drawn, drawn_logit=at(drawn),
+        drawn_noise=noise_of(drawn), log_total=shift + log_sum(logits), log_sum_tempered=tempered,
+        temperature=None if noise is None else noise.temperature)
 
 
 def first_argmax(logits: Logits) -> Int[Array, "B L"]:
@@ -172,27 +186,7 @@ def first_argmax(logits: Logits) -> Int[Array, "B L"]:
     return jnp.min(jnp.where(logits == best, ids, logits.shape[-1] - 1), axis=-1)
 
 
-def _candidates(
-    logits: Logits, token: Int[Array, "B L"], tokens: Int[Array, "B L"], temperature: Float[Array, ""]
-) -> Candidates:
-    log_total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = _at(logits, token)
-    best = jnp.max(logits, axis=-1)
-    best = jnp.where(jnp.isfinite(best), best, 0.0)
-    # The second pass over the vocabulary is worth a branch: greedy decoding never needs it.
-    log_sum = jax.lax.cond(
-        temperature == 1.0, lambda: log_total - best,
-        lambda: jnp.log(jnp.sum(jnp.exp((logits - best[..., None]) / temperature), axis=-1)))
-    return Candidates(
-        token=token,
-        confidence=jnp.exp(chosen - log_total),
-        # differences are divided and not logits, which overflow at low temperatures
-        log_prob=(chosen - best) / temperature - log_sum,
-        current=jnp.exp(_at(logits, tokens) - log_total),
-    )
-
-
-def _candidates_of(reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
+def _candidates(reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
     temperature = jnp.float32(1.0) if reading.temperature is None else reading.temperature
     temperature = jnp.where(temperature > 0, temperature, 1.0)
     return Candidates(
@@ -201,7 +195,3 @@ def _candidates_of(reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
         log_prob=(reading.drawn_logit - reading.best_logit) / temperature - reading.log_sum_tempered,
         current=jnp.exp(reading.logit_of(tokens) - reading.log_total),
     )
-
-
-def _at(logits: Logits, token: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    return jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]

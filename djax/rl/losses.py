@@ -13,6 +13,8 @@ different estimates is no ratio.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -100,71 +102,32 @@ def grpo_loss(
     Raises:
         ValueError: an unknown `reduce`.
     """
-    return _token_loss(log_probs, advantages, mask=mask, weights=_token_weights(mask, reduce), old=old,
-                       reference=reference, beta=beta, clip_low=clip_low, clip_high=clip_high)
+    return _surrogate(log_probs, advantages, counted=mask, weights=_token_weights(mask, reduce), old=old,
+                      reference=reference, beta=beta, clip_low=clip_low, clip_high=clip_high)
 
 
-def diffu_grpo_loss(
-    log_probs: Float[Array, "B T"],
-    advantages: Float[Array, " B"],
-    *,
-    mask: Bool[Array, "B T"],
-    old: Float[Array, "B T"] | None = None,
-    reference: Float[Array, "B T"] | None = None,
-    beta: Number = 0.04,
-    clip_low: Number = 0.2,
-    clip_high: Number = 0.2,
-) -> tuple[Float[Array, ""], PolicyReport]:
-    """diffu-GRPO (d1, arXiv 2504.12216): GRPO on mean-field log-probs, log p(o_t | q', all of o masked).
+diffu_grpo_loss = partial(grpo_loss, beta=0.04)
+"""diffu-GRPO (d1, arXiv 2504.12216): GRPO on mean-field log-probs, log p(o_t | q', all of o masked).
 
-    They are those of `masked_states(scheme="one_step")`; q' is the prompt, each token masked with the probability
-    p_mask (0.15 in the paper), drawn anew for each inner update. The paper's advantages are r - mean
-    (`group_advantages(scale="none")`). Arguments and result as of `grpo_loss`.
-    """
-    return grpo_loss(log_probs, advantages, mask=mask, old=old, reference=reference, beta=beta, clip_low=clip_low,
-                     clip_high=clip_high)
+They are those of `masked_states(scheme="one_step")`; q' is the prompt, each token masked with the probability p_mask
+(0.15 in the paper), drawn anew for each inner update. The paper's advantages are r - mean
+(`group_advantages(scale="none")`).
+"""
 
+coupled_grpo_loss = partial(grpo_loss, beta=0.01)
+"""Coupled-GRPO (DiffuCoder, arXiv 2506.20639): GRPO on log-probs of paired masks.
 
-def coupled_grpo_loss(
-    log_probs: Float[Array, "B T"],
-    advantages: Float[Array, " B"],
-    *,
-    mask: Bool[Array, "B T"],
-    old: Float[Array, "B T"] | None = None,
-    reference: Float[Array, "B T"] | None = None,
-    beta: Number = 0.01,
-    clip_low: Number = 0.2,
-    clip_high: Number = 0.2,
-) -> tuple[Float[Array, ""], PolicyReport]:
-    """Coupled-GRPO (DiffuCoder, arXiv 2506.20639): GRPO on log-probs of paired masks.
+They are those of `masked_states(scheme="coupled")`, means over two masks that complement each other, so that every
+token is scored once in a partly known context, and the full mask. The paper's baseline leaves the row itself out
+(`group_advantages(scale="leave_one_out")`).
+"""
 
-    They are those of `masked_states(scheme="coupled")`, means over two masks that complement each other, so that every
-    token is scored once in a partly known context, and the full mask. The paper's baseline leaves the row itself out
-    (`group_advantages(scale="leave_one_out")`). Arguments and result as of `grpo_loss`.
-    """
-    return grpo_loss(log_probs, advantages, mask=mask, old=old, reference=reference, beta=beta, clip_low=clip_low,
-                     clip_high=clip_high)
+just_grpo_loss = partial(grpo_loss, beta=0.0)
+"""JustGRPO ("The Flexibility Trap", arXiv 2601.15165): plain GRPO on a left-to-right policy.
 
-
-def just_grpo_loss(
-    log_probs: Float[Array, "B T"],
-    advantages: Float[Array, " B"],
-    *,
-    mask: Bool[Array, "B T"],
-    old: Float[Array, "B T"] | None = None,
-    reference: Float[Array, "B T"] | None = None,
-    beta: Number = 0.0,
-    clip_low: Number = 0.2,
-    clip_high: Number = 0.2,
-) -> tuple[Float[Array, ""], PolicyReport]:
-    """JustGRPO ("The Flexibility Trap", arXiv 2601.15165): plain GRPO on a left-to-right policy.
-
-    The log-probs are those of `masked_states(scheme="autoregressive")`, the exact chain rule, one forward a token;
-    rollouts are sampled one token at a time from left to right, so that this is the policy that sampled. Arguments and
-    result as of `grpo_loss`.
-    """
-    return grpo_loss(log_probs, advantages, mask=mask, old=old, reference=reference, beta=beta, clip_low=clip_low,
-                     clip_high=clip_high)
+The log-probs are those of `masked_states(scheme="autoregressive")`, the exact chain rule, one forward a token;
+rollouts are sampled one token at a time from left to right, so that this is the policy that sampled.
+"""
 
 
 def trace_grpo_loss(
@@ -204,8 +167,8 @@ def trace_grpo_loss(
     else:
         mask = mask & (commit_step >= 0)
         weights = _step_weights(mask, commit_step // shrink)
-    return _token_loss(log_probs, advantages, mask=mask, weights=weights, old=old, reference=reference, beta=beta,
-                       clip_low=clip_low, clip_high=clip_high)
+    return _surrogate(log_probs, advantages, counted=mask, weights=weights, old=old, reference=reference, beta=beta,
+                      clip_low=clip_low, clip_high=clip_high)
 
 
 def gdpo_loss(
@@ -238,11 +201,9 @@ def gdpo_loss(
         The loss, and its parts.
     """
     counted = lengths > 0
-    elbos, old, reference = _sequence_inputs(elbos, old, reference, counted)
     weights = jnp.where(counted, 1.0 / _at_least_one(lengths), 0.0) / lengths.shape[0]
-    kl = None if reference is None else k3(elbos, reference)
-    return _assemble(elbos - old, advantages, counted=counted, weights=weights, kl=kl, beta=beta, clip_low=clip_low,
-                     clip_high=clip_high)
+    return _surrogate(elbos, advantages, counted=counted, weights=weights, old=old, reference=reference, beta=beta,
+                      clip_low=clip_low, clip_high=clip_high)
 
 
 def espo_loss(
@@ -264,11 +225,9 @@ def espo_loss(
     and result as of `gdpo_loss`; the ELBOs are the paper's at `masked_states(scheme="fixed_k")`.
     """
     counted = lengths > 0
-    elbos, old, reference = _sequence_inputs(elbos, old, reference, counted)
     weights = counted.astype(jnp.float32) / lengths.shape[0]
-    kl = None if reference is None else k2(elbos, reference)
-    return _assemble((elbos - old) / _at_least_one(lengths), advantages, counted=counted, weights=weights, kl=kl,
-                     beta=beta, clip_low=clip_low, clip_high=clip_high)
+    return _surrogate(elbos, advantages, counted=counted, weights=weights, old=old, reference=reference, beta=beta,
+                      clip_low=clip_low, clip_high=clip_high, estimate=k2, lengths=_at_least_one(lengths))
 
 
 def _token_weights(mask: Bool[Array, "B T"], reduce: str) -> Float[Array, "B T"]:
@@ -294,36 +253,23 @@ def _at_least_one(counts: Int[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.maximum(counts.astype(jnp.float32), 1.0)
 
 
-def _token_loss(
-    log_probs: Array, advantages: Array, *, mask: Array, weights: Array, old: Array | None, reference: Array | None,
-    beta: Number, clip_low: Number, clip_high: Number,
+def _surrogate(
+    log_probs: Array, advantages: Array, *, counted: Array, weights: Array, old: Array | None, reference: Array | None,
+    beta: Number, clip_low: Number, clip_high: Number, estimate: Callable[[Array, Array], Array] = k3,
+    lengths: Array | float = 1.0,
 ) -> tuple[Float[Array, ""], PolicyReport]:
-    """The surrogate of masked log-probs, one ratio a token."""
+    """Loss and report from log-probs of tokens or of sequences.
+
+    `weights` are zero where nothing is counted, `estimate` is that of the KL, and log-ratios are divided by `lengths`.
+    """
     # what is not counted must not reach exp: a NaN there would come back through the gradient of `where`
-    log_probs = jnp.where(mask, log_probs, 0.0)
-    old = jax.lax.stop_gradient(log_probs if old is None else jnp.where(mask, old, 0.0))
-    kl = None if reference is None else k3(log_probs, jax.lax.stop_gradient(jnp.where(mask, reference, 0.0)))
-    if advantages.ndim == 1:
-        advantages = jnp.broadcast_to(advantages[:, None], mask.shape)
-    return _assemble(log_probs - old, advantages, counted=mask, weights=weights, kl=kl, beta=beta, clip_low=clip_low,
-                     clip_high=clip_high)
-
-
-def _sequence_inputs(
-    elbos: Array, old: Array | None, reference: Array | None, counted: Bool[Array, " B"]
-) -> tuple[Array, Array, Array | None]:
-    elbos = jnp.where(counted, elbos, 0.0)
-    old = jax.lax.stop_gradient(elbos if old is None else jnp.where(counted, old, 0.0))
-    if reference is not None:
-        reference = jax.lax.stop_gradient(jnp.where(counted, reference, 0.0))
-    return elbos, old, reference
-
-
-def _assemble(
-    log_ratio: Array, advantages: Array, *, counted: Array, weights: Array, kl: Array | None, beta: Number,
-    clip_low: Number, clip_high: Number,
-) -> tuple[Float[Array, ""], PolicyReport]:
-    """Loss and report from log-ratios; `weights` are zero where nothing is counted."""
+    log_probs = jnp.where(counted, log_probs, 0.0)
+    old = jax.lax.stop_gradient(log_probs if old is None else jnp.where(counted, old, 0.0))
+    kl = None if reference is None else estimate(
+        log_probs, jax.lax.stop_gradient(jnp.where(counted, reference, 0.0)))
+    if advantages.ndim < counted.ndim:
+        advantages = jnp.broadcast_to(advantages[:, None], counted.shape)
+    log_ratio = (log_probs - old) / lengths
     ratio = _exp(log_ratio)
     advantages = jax.lax.stop_gradient(jnp.where(counted, advantages, 0.0))
     free, clipped = ratio * advantages, jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages

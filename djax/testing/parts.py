@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djax.contracts.part_shapes import AXES, PROTOCOLS, check_shapes
+from djax.contracts.part_shapes import AXES, LENGTH, PROTOCOLS, arguments, call, check_shapes, first_state
 from djax.contracts.struct import same_arrays, same_structure
-from djax.contracts.types import Candidates, StepInfo
 from djax.errors import ArgumentError
 
-_BATCH, _LENGTH, _VOCAB, _CANVAS, _WIDTH = 3, 8, 12, 40, 5
-Call = tuple[Callable[..., Any], tuple[Any, ...]]
+_BATCH = 3
 
 
 def check_part(part: Any, axis: str | None = None) -> None:
@@ -35,13 +34,13 @@ def check_part(part: Any, axis: str | None = None) -> None:
         raise ArgumentError("axis", repr(axis), allowed=", ".join(AXES), advice="pick one of them")
     _check_pytree(axis, part)
     check_shapes(axis, part)
-    function, given = _call(axis, part, seed=0)
+    function, given = functools.partial(_two_steps, axis), _given(axis, seed=0)
     jitted: Any = jax.jit(function)
     whole = jitted(part, *given)
     if not _equal(whole, jax.jit(lambda *arguments: function(*arguments))(part, *given)):  # traced once more
         _fail(axis, part, "which gives something else when it is traced again",
               "state in, state out: no global or mutable state; randomness from `keys` only")
-    jitted(jax.tree.map(_varied, part), *_call(axis, part, seed=1)[1])
+    jitted(jax.tree.map(_varied, part), *_given(axis, seed=1))
     if jitted._cache_size() > 1:
         _fail(axis, part, "which compiles anew for other numbers", "keep numbers in fields that are leaves")
     if axis != "cache_policy":
@@ -90,46 +89,29 @@ def _check_rows(axis: str, part: Any, function: Callable[..., Any], given: tuple
                   "reduce over the last axes only, never over the rows")
 
 
-def _call(axis: str, part: Any, *, seed: int) -> Call:
-    """A function of the part and arguments that runs it from a fresh state, and arguments for it."""
+def _two_steps(axis: str, part: Any, *given: Any) -> Any:
+    """What a part gives in two steps from a fresh state."""
+    batch = next(leaf.shape[0] for leaf in jax.tree.leaves(given) if leaf.ndim)
+    first, state = call(axis, part, first_state(axis, part, batch), *given)
+    return first, call(axis, part, state, *given)
+
+
+def _given(axis: str, *, seed: int) -> tuple[Any, ...]:
+    """Arguments for a part of an axis, with rows of different certainty: a part that mixes them decides otherwise."""
     rng = np.random.default_rng(seed)
-    block = (_BATCH, _LENGTH)
-    mask = rng.random(block) < 0.6
-    mask[:, seed % _LENGTH] = True
-    keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), _BATCH)
-    # rows of different certainty, so that a part that mixes them decides otherwise
-    spread = np.array([0.3, 0.6, 1.0])[:, None]
-    logits = jnp.asarray(rng.normal(size=(*block, _VOCAB)) * 5 * spread[..., None], jnp.float32)
-    if axis == "transform":
-        def transform(part: Any, logits: Any, mask: Any) -> Any:
-            logits, state = part.step(logits, mask, part.init(logits.shape[0], _LENGTH))
-            return part.step(logits * 0.9, mask, state)
 
-        return transform, (logits, jnp.asarray(mask))
-    if axis == "propose":
-        tokens = jnp.asarray(rng.integers(0, _VOCAB, block), jnp.int32)
-        return (lambda part, *rest: part.step(*rest)), (keys, logits, tokens)
-    info = StepInfo(step=jnp.asarray(rng.integers(3, 30, _BATCH), jnp.int32), step_in_block=jnp.int32(2),
-                    block=jnp.int32(1), block_start=jnp.int32(16), is_open=jnp.ones(block, bool))
-    if axis == "strategy":
-        def strategy(part: Any, keys: Any, candidates: Any, mask: Any, info: Any) -> Any:
-            decision, state = part.step(keys, candidates, mask, info, part.init(mask.shape[0], _LENGTH))
-            return decision, part.step(keys, candidates, mask & ~decision.commit, info, state)
+    def fill(kind: Any) -> Any:
+        if jnp.issubdtype(kind.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(seed, impl="threefry2x32"), _BATCH)
+        if kind.dtype == bool:
+            return jnp.asarray(rng.random(kind.shape) < 0.6)
+        if jnp.issubdtype(kind.dtype, jnp.integer):
+            return jnp.asarray(rng.integers(0, LENGTH, kind.shape), kind.dtype)
+        # two axes are probabilities, three are logits or embeddings
+        values = rng.random(kind.shape) if len(kind.shape) < 3 else rng.normal(size=kind.shape) * 5
+        return jnp.asarray(values * np.array([0.3, 0.6, 1.0]).reshape(-1, *[1] * (len(kind.shape) - 1)), kind.dtype)
 
-        confidence = jnp.asarray(rng.random(block) * spread, jnp.float32)
-        candidates = Candidates(
-            token=jnp.asarray(rng.integers(0, _VOCAB, block), jnp.int32), confidence=confidence,
-            log_prob=jnp.log(confidence), current=jnp.asarray(rng.random(block), jnp.float32))
-        return strategy, (keys, candidates, jnp.asarray(mask), info)
-    if axis == "cache_policy":
-        return (lambda part, info: part.plan(info, _CANVAS, _LENGTH)), (info,)
-    if axis == "smoothing":
-        inputs = [jnp.asarray(rng.normal(size=(*block, _WIDTH)), jnp.float32) for _ in range(2)]
-        return (lambda part, *rest: part.step(*rest)), (*inputs, jnp.asarray(mask), info)
-    tokens = jnp.asarray(rng.integers(0, 8, (_BATCH, _CANVAS)), jnp.int32)
-    is_open = jnp.asarray(rng.random((_BATCH, _CANVAS)) < 0.5)
-    is_masked = is_open & jnp.asarray(rng.random((_BATCH, _CANVAS)) < 0.3)
-    return (lambda part, *rest: (part.step(*rest), part.ends(rest[0]))), (tokens, is_open, is_masked, info)
+    return jax.tree.map(fill, arguments(axis, _BATCH))
 
 
 def _varied(leaf: Any) -> Any:

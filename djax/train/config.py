@@ -2,105 +2,92 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import inspect
-import itertools
-import math
 import tomllib
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
-from djax.errors import ArgumentError, check_choice, check_integer, check_number, shown
-from djax.models.config import DTYPES
+from djax.errors import ArgumentError, shown
 
-OPTIMIZERS = ("adamw", "adam", "lion", "sgd", "adafactor", "muon")
-OBJECTIVES = ("masked", "block")
-SCHEDULES = ("constant", "linear", "cosine", "trapezoid")
+Schedule = Literal["constant", "linear", "cosine", "trapezoid"]
+Objective = Literal["masked", "block"]
+Whole = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
+Number = Annotated[float, Field(strict=True, ge=0.0, le=3.4e38, allow_inf_nan=False)]
+"""One that float32 can hold."""
+_FALSE_IS_NONE = BeforeValidator(lambda value: None if value is False else value)
+"""TOML has no null."""
+_CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _OWN_OPTIONS = ("learning_rate", "weight_decay", "mask", "weight_decay_mask", "muon_weight_dimension_numbers")
 """What no `optimizer.options` may hold: there is a field for it, or it follows from the model."""
 
 
-def _integers(section: str, owner: object, least: int, *names: str) -> None:
-    for name in names:
-        check_integer(f"{section}.{name}", getattr(owner, name), least, advice="correct it")
-
-
-def _numbers(section: str, owner: object, *names: str, high: float = math.inf) -> None:
-    for name in names:
-        check_number(f"{section}.{name}", getattr(owner, name), 0.0, high, advice="correct it")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class ModelSection:
     """Where the model comes from."""
 
-    source: str | None = None
+    source: Annotated[str | None, _FALSE_IS_NONE] = None
     """Checkpoint directory or hub id; without it the model bundled with djax."""
-    random: bool = False
+    random: StrictBool = False
     """Keep the checkpoint's configuration and tokenizer, and draw fresh weights."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class DataSection:
     """What is learned: a JSON Lines file, or built-in tasks."""
 
-    path: str | None = None
+    path: Annotated[str | None, _FALSE_IS_NONE] = None
     """{"prompt", "answer"} or {"messages"} a line; relative to the configuration file."""
     tasks: tuple[str, ...] = ()
     """Names in `djax.tasks.TASKS`, never-ending examples."""
-    row_length: int = 512
+    row_length: Annotated[Count, Field(ge=2)] = 512
     """Tokens of a row at most: prompt, answer, EOS."""
-    longest_tail: int = 64
+    longest_tail: Count = 64
     """Most EOS learned after an answer."""
-    group: int = 1
+    group: Count = 1
     """Updates whose rows are shared out by length, which saves padding."""
-    given: float = 0.0
+    given: Annotated[Number, Field(le=1.0)] = 0.0
     """Share of the rows in which a random first part of the answer is never masked, as in block by block decoding."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (not self.tasks):
             raise ArgumentError("data", "neither path nor tasks" if self.path is None else "path and tasks",
                                 allowed="one of them", advice="give one")
-        _integers("data", self, 2, "row_length")
-        _integers("data", self, 1, "longest_tail", "group")
-        _numbers("data", self, "given", high=1.0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class OptimizerSection:
     """The optimizer, its learning rate over time, and the clipping before it."""
 
-    name: str = "adamw"
+    name: Literal["adamw", "adam", "lion", "sgd", "adafactor", "muon"] = "adamw"
     """adamw, adam, lion, sgd, adafactor or muon, as optax has them."""
-    learning_rate: float
+    learning_rate: Number
     """The highest one."""
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     """After the warm-up: constant, to zero at the last update along a line or a cosine, or constant and then along a
     line (trapezoid)."""
-    warmup_steps: int = 0
+    warmup_steps: Whole = 0
     """First updates, in which the rate rises along a line."""
-    decay_steps: int = 0
+    decay_steps: Whole = 0
     """Last updates of a trapezoid, in which the rate falls."""
-    weight_decay: float = 0.0
+    weight_decay: Number = 0.0
     """Of matrices only, and of optimizers that have one (adamw, lion, muon)."""
-    clip_norm: float | None = 1.0
+    clip_norm: Annotated[Number | None, _FALSE_IS_NONE] = 1.0
     """Global norm that gradients are clipped to; false for none."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further numbers and flags by the names of the optax function's arguments."""
 
     def __post_init__(self) -> None:
-        check_choice("optimizer.name", self.name, OPTIMIZERS)
-        check_choice("optimizer.schedule", self.schedule, SCHEDULES)
-        _integers("optimizer", self, 0, "warmup_steps", "decay_steps")
-        _numbers("optimizer", self, "learning_rate", "weight_decay", *[] if self.clip_norm is None else ["clip_norm"])
         if self.weight_decay and self.name not in ("adamw", "lion", "muon"):
             raise ArgumentError("optimizer.weight_decay", self.weight_decay,
                                 allowed=f"0 with {self.name}, which has none", advice="use adamw, lion or muon")
@@ -115,69 +102,59 @@ class OptimizerSection:
                     advice="correct or remove it")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class TrainingSection:
     """The run itself. Counts are updates."""
 
     output: str
     """Directory of the run: checkpoints, metrics, the trained model; relative to the configuration file."""
-    steps: int
+    steps: Count
     """Updates of the whole run."""
-    batch_size: int
+    batch_size: Count
     """Rows of an update."""
-    objective: str = "masked"
+    objective: Objective = "masked"
     """The loss: "masked", with all of a row in sight but what is masked, as bidirectional models are used; or "block",
     which learns all of an answer in every pass, each block of it from what is before it (see `djax.train.block`)."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Parts that a batch is cut into, one after the other, to save memory."""
-    seed: int = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Of the noise, the data's order and fresh weights."""
-    log_every: int = 10
+    log_every: Count = 10
     """Updates between two lines of metrics."""
-    save_every: int = 500
+    save_every: Count = 500
     """Updates between two checkpoints."""
-    keep: int = 2
+    keep: Count = 2
     """Checkpoints that stay."""
-    remat: bool = False
+    remat: StrictBool = False
     """Compute a layer's activations again in the backward pass instead of keeping them."""
-    vocab_chunk: int = 8192
+    vocab_chunk: Count = 8192
     """Columns of the vocabulary whose logits are held at once."""
-    compute_dtype: str | None = None
+    compute_dtype: Annotated[Literal["bfloat16", "float16", "float32"] | None, _FALSE_IS_NONE] = None
     """dtype of the forward and backward pass; master weights are float32. Without it the checkpoint's."""
-    balance: float = 0.01
+    balance: Number = 0.01
     """Weight of the router's load-balance loss."""
-    router_z: float = 1e-3
+    router_z: Number = 1e-3
     """Weight of the router's z-loss."""
 
     def __post_init__(self) -> None:
-        check_choice("training.objective", self.objective, OBJECTIVES)
-        if self.compute_dtype is not None:
-            check_choice("training.compute_dtype", self.compute_dtype, DTYPES)
-        _integers("training", self, 1, "steps", "batch_size", "accumulate", "log_every", "save_every", "keep",
-                  "vocab_chunk")
-        check_integer("training.seed", self.seed, 0, 2**63 - 1, advice="correct it")
-        _numbers("training", self, "balance", "router_z")
         if self.batch_size % self.accumulate:
             raise ArgumentError("training.accumulate", self.accumulate, allowed="a divisor of "
                                 f"batch_size = {self.batch_size}", advice="change one of them")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class MeshSection:
     """How many devices each axis has; their product is how many are used."""
 
-    data: int = 1
+    data: Count = 1
     """Devices over which a batch's rows are split."""
-    expert: int = 1
+    expert: Count = 1
     """Devices over which experts are split."""
-    tensor: int = 1
+    tensor: Count = 1
     """Devices over which heads, hidden units of experts and the vocabulary are split."""
 
-    def __post_init__(self) -> None:
-        _integers("mesh", self, 1, "data", "expert", "tensor")
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class TrainConfig:
     """A whole run."""
 
@@ -185,7 +162,7 @@ class TrainConfig:
     optimizer: OptimizerSection
     training: TrainingSection
     model: ModelSection = ModelSection()
-    mesh: MeshSection | None = None
+    mesh: Annotated[MeshSection | None, _FALSE_IS_NONE] = None
     """Without it everything is on one device."""
 
     def identity(self) -> dict[str, Any]:
@@ -211,9 +188,12 @@ def read_config(path: Path) -> TrainConfig:
     except ValueError as error:
         raise ArgumentError(str(path), f"no TOML ({error})", allowed="a TOML file", advice="correct it") from error
     try:
-        config: TrainConfig = _build(TrainConfig, fields, where="")
-    except ArgumentError as error:
-        raise error.renamed(f"{path}: {error.name}") from error
+        config = TypeAdapter(TrainConfig).validate_python(fields)
+    except ValidationError as error:
+        # what does not exist first: it may be what is missing, misspelt
+        first = min(error.errors(), key=lambda detail: detail["type"] != "unexpected_keyword_argument")
+        described = _argument_error(first)
+        raise described.renamed(f"{path}: {described.name}") from error
     here = path.resolve().parent
     data = config.data
     if data.path is not None:
@@ -222,13 +202,38 @@ def read_config(path: Path) -> TrainConfig:
     return dataclasses.replace(config, data=data, training=training)
 
 
+def _argument_error(detail: ErrorDetails) -> ArgumentError:
+    """What pydantic found, in the four parts of every message."""
+    kind, place = detail["type"], detail["loc"]
+    name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place).removeprefix(".")
+    if kind == "value_error":  # raised by a section about its fields together
+        return detail["ctx"]["error"]
+    if kind == "unexpected_keyword_argument":
+        owner: Any = dict(_sections())[str(place[0])] if len(place) > 1 else TrainConfig
+        known = [field.name for field in dataclasses.fields(owner)]
+        near = difflib.get_close_matches(str(place[-1]), known, n=1)
+        return ArgumentError(name, "a field that does not exist", allowed=", ".join(known),
+                             advice=f"did you mean {near[0]}?" if near else "remove it")
+    if kind == "missing":
+        return ArgumentError(name, "nothing", allowed="a value", advice="add it")
+    if kind in ("dataclass_type", "dict_type"):
+        return ArgumentError(name, shown(detail["input"]), allowed="a table", advice=f"write [{name}]")
+    limit = detail["msg"].removeprefix("Input should be ")
+    return ArgumentError(name, shown(detail["input"]), advice="correct it",
+                         allowed=f"a number {limit}" if limit.startswith(("greater", "less")) else limit)
+
+
 def describe_fields() -> list[str]:
     """One line for each field of a configuration: its name, its type or default, what it means."""
     lines = []
-    for name, kind in _sections():
-        documented = _docstrings(kind)
-        lines += [f"{name}.{field.name} ({_default(field)}): {documented[field.name]}"
-                  for field in dataclasses.fields(kind)]
+    for section, kind in _sections():
+        schema = TypeAdapter(kind).json_schema()
+        for name, field in schema["properties"].items():
+            default = field.get("default")
+            given = "none" if default in (None, []) else str(default).lower()
+            if name in schema.get("required", ()):
+                given = f"{field['type']}, required"
+            lines.append(f"{section}.{name} ({given}): {' '.join(field['description'].split())}")
     return lines
 
 
@@ -241,71 +246,6 @@ def _sections() -> list[tuple[str, Any]]:
     """Names and dataclasses of a configuration's tables."""
     return [(name, next(kind for kind in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(kind)))
             for name, hint in typing.get_type_hints(TrainConfig).items()]
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default_factory is not dataclasses.MISSING:
-        return "none"
-    if field.default is dataclasses.MISSING:
-        return f"{_kind(field.type)}, required"
-    return "none" if field.default in (None, ()) else str(field.default).lower()
-
-
-def _docstrings(section: type) -> dict[str, str]:
-    """Texts below the fields of a dataclass; Python keeps them in the source only."""
-    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
-    return {
-        first.target.id: " ".join(str(second.value.value).split())
-        for first, second in itertools.pairwise(body)
-        if isinstance(first, ast.AnnAssign) and isinstance(first.target, ast.Name)
-        and isinstance(second, ast.Expr) and isinstance(second.value, ast.Constant)}
-
-
-def _build(section: Any, fields: Any, *, where: str) -> Any:
-    """A section's dataclass from a table."""
-    if not isinstance(fields, dict):
-        raise ArgumentError(where, shown(fields), allowed="a table", advice=f"write [{where}]")
-    known = {field.name: field for field in dataclasses.fields(section)}
-    prefix = f"{where}." if where else ""
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "remove it"
-            raise ArgumentError(f"{prefix}{name}", "a field that does not exist", allowed=", ".join(known), advice=hint)
-    for name, field in known.items():
-        if name not in fields and field.default is field.default_factory is dataclasses.MISSING:
-            raise ArgumentError(f"{prefix}{name}", "nothing", allowed=_kind(field.type), advice="add it")
-    hints = typing.get_type_hints(section)
-    return section(**{name: _value(hints[name], value, where=prefix + name) for name, value in fields.items()})
-
-
-def _value(hint: Any, value: Any, *, where: str) -> Any:
-    """A TOML value as a field's type."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in options and value is False:  # TOML has no null
-        return None
-    kind = next(option for option in options if option is not type(None))
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where=where)
-    if typing.get_origin(kind) is dict:
-        if isinstance(value, dict):
-            return value
-    elif typing.get_origin(kind) is tuple:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise ArgumentError(where, shown(value), allowed=_kind(kind), advice="correct it")
-
-
-def _kind(kind: Any) -> str:
-    text = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
-    words = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false",
-             "tuple": "a list of texts"}
-    return next((word for name, word in words.items() if text.startswith(name)), "a table")
 
 
 def learning_rate(section: OptimizerSection, steps: int) -> optax.Schedule:

@@ -29,7 +29,6 @@ from djax.cli.flags import RecipeFlags
 from djax.cli.inputs import read_template
 from djax.cli.live import printable
 from djax.cli.recipe import build_recipe
-from djax.engine.tokenizer import render_chat
 from djax.parts.cache_policies import Dual, NoCache, Prefix, Vicinity, WithWarmup
 from djax.parts.schedules import Linear
 from djax.parts.smoothing import HardTokens, SoftTokens
@@ -116,7 +115,7 @@ def test_sources_of_prompts_agree(tmp_path: Path) -> None:
     tokenizer = model().tokenizer
     assert tokenizer is not None
     chat = [{"role": "user", "content": "hi"}]
-    text = render_chat(chat)
+    text = tokenizer.chat_text(chat)
     expected = run_json("generate", "hi", *SMALL)
     assert expected[0]["canvas"][:-8] == tokenizer.encode(text, allow_special_tokens=True)
     assert run_json("generate", *SMALL, input="hi\n") == expected

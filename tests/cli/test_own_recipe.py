@@ -104,6 +104,6 @@ def test_json_is_short_unless_it_is_asked_for_in_full(capsys: pytest.CaptureFixt
 def test_every_field_of_a_training_run_is_explained() -> None:
     """A field without a text below it fails in here."""
     lines = describe_fields()
-    assert "training.steps (an integer, required): Updates of the whole run." in lines
+    assert "training.steps (integer, required): Updates of the whole run." in lines
     assert "mesh.data (1): Devices over which a batch's rows are split." in lines
     assert len(lines) > 30

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 
 from djax import assets
-from djax.engine.tokenizer import Tokenizer, check_messages, has_tokenizer, render_chat
+from djax.engine.tokenizer import Tokenizer, check_messages, has_tokenizer
 
 USER = {"role": "user", "content": "hi"}
 
@@ -31,6 +32,17 @@ def checkpoint(tmp_path: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"):
         shutil.copy(assets.path() / name, directory)
     return directory
+
+
+def render_chat(messages: list[dict[str, str]]) -> str:
+    """LLaDA-MoE-Instruct's prompt for a conversation, without Jinja."""
+    system, turns = "", messages
+    if messages[0]["role"] == "system":
+        system, turns = messages[0]["content"] + "\n", messages[1:]
+    names = {"user": "HUMAN", "assistant": "ASSISTANT"}
+    parts = [f"<role>SYSTEM</role>{system}detailed thinking off<|role_end|>"]
+    parts += [f"<role>{names[turn['role']]}</role>{turn['content']}<|role_end|>" for turn in turns]
+    return "".join(parts) + "<role>ASSISTANT</role>"
 
 
 TEXTS = (
@@ -94,9 +106,8 @@ def test_chat_template(tokenizer: Tokenizer, messages: list[dict[str, str]], exp
     assert ids[:1] == role, "the template's marks are single special tokens"
 
 
-def test_the_jinja_template_equals_the_python_one() -> None:
+def test_the_template_equals_one_in_python() -> None:
     """Two renderings of one format, written apart: Jinja from the bundled file, and plain Python."""
-    jinja2 = pytest.importorskip("jinja2")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
     template = environment.from_string((assets.path() / "chat_template.jinja").read_text())
     generator = random.Random(7)
@@ -114,7 +125,6 @@ def test_a_checkpoint_without_a_template_gets_llada_moes(checkpoint: Path) -> No
 
 
 def test_a_checkpoints_own_template_is_used(checkpoint: Path) -> None:
-    pytest.importorskip("jinja2")
     (checkpoint / "chat_template.jinja").write_text("{% for m in messages %}[{{ m['role'] }}]{% endfor %}>")
     assert Tokenizer.load(checkpoint).chat_text([USER]) == "[user]>"
 
@@ -224,7 +234,7 @@ def test_stream_never_splits_a_character(tokenizer: Tokenizer, pieces: int) -> N
     for start in range(0, len(ids), pieces):
         text += stream.push(ids[start:start + pieces])
         assert MULTIBYTE.startswith(text)
-        assert tokenizer.stable_prefix(ids[:start + pieces]) == text
+        assert tokenizer.decode(ids[:start + pieces]).rstrip("\ufffd") == text
     assert text + stream.finish() == MULTIBYTE
     assert stream.finish() == ""
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from djax import proposals, smoothing, strategies, transforms
-from djax.contracts import struct
+from djax.contracts import answers, struct
 from djax.contracts.canvas import Canvas
 from djax.contracts.types import Candidates, HeadQuery
 from djax.loop.denoise import denoise
@@ -44,9 +44,9 @@ def by_logits(part: Any, propose: Any, logits: jax.Array, state: Any, **given: A
 
 
 def by_reading(part: Any, propose: Any, logits: jax.Array, state: Any, **given: Any) -> tuple[Candidates, Any]:
-    tokens, asked = given["tokens"][..., None], part.asks(state)
+    tokens, asked = given["tokens"][..., None], answers.asks(part, state)
     ids = tokens if asked is None else jnp.concatenate([tokens, asked], -1)
-    query = HeadQuery(ids=ids, forbidden=part.forbidden(), noise=propose.noise(given["keys"], LENGTH))
+    query = HeadQuery(ids=ids, forbidden=answers.forbidden(part), noise=propose.noise(given["keys"], LENGTH))
     reading, expected = read_head(logits, jnp.eye(VOCAB), query)  # times one and plus zeros: the logits themselves
     assert expected is None
     reading, state = part.adjust(reading, given["is_masked"], state)

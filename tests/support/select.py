@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from djax.contracts import struct
+from djax.contracts import answers, struct
 from djax.contracts.types import FORBID_NOTHING, Forbidden
 
 
@@ -47,7 +47,7 @@ class SelectTransform:
         return _switch(self.index, [lambda i=i: call(i) for i in range(len(self.parts))])  # type: ignore[misc]
 
     def forbidden(self) -> Forbidden:
-        each = [part.forbidden() for part in self.parts]
+        each = [answers.forbidden(part) for part in self.parts]
         if all(forbidden is FORBID_NOTHING for forbidden in each):
             return FORBID_NOTHING
         width = max(forbidden.ids.shape[0] for forbidden in each)
@@ -57,7 +57,7 @@ class SelectTransform:
         return Forbidden(ids=jnp.stack(ids)[self.index], limit=limits[self.index])
 
     def asks(self, state: Any) -> Any:
-        each = [part.asks(own) for part, own in zip(self.parts, state, strict=True)]
+        each = [answers.asks(part, own) for part, own in zip(self.parts, state, strict=True)]
         asked = [ids for ids in each if ids is not None]
         if not asked:
             return None

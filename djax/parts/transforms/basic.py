@@ -18,11 +18,7 @@ class Identity:
     """Leaves the logits as they are."""
 
     reads: ClassVar[bool] = True
-    forbids: ClassVar[bool] = False
-
-    def distribution_changes(self) -> tuple[Any, ...]:
-        """None."""
-        return ()
+    distribution_changes: ClassVar[tuple[Any, ...]] = ()
 
     def init(self, batch: int, block_length: int) -> PartState:
         """No state."""
@@ -31,14 +27,6 @@ class Identity:
     def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
         """The same logits."""
         return logits, state
-
-    def forbidden(self) -> Forbidden:
-        """Nothing."""
-        return FORBID_NOTHING
-
-    def asks(self, state: PartState) -> Int[Array, "B L S"] | None:
-        """None."""
-        return None
 
     def adjust(self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Reading, PartState]:
         """The same reading."""
@@ -53,16 +41,12 @@ class ForbidTokens:
     vocab_limit: int | Int[Array, ""] | None = None
 
     reads: ClassVar[bool] = True
-    forbids: ClassVar[bool] = True
+    distribution_changes: ClassVar[tuple[Any, ...]] = ()  # what is left is drawn from its softmax
 
     def __post_init__(self) -> None:
         check_integer("token_ids", self.token_ids, -(2**31))
         if self.vocab_limit is not None:
             check_integer("vocab_limit", self.vocab_limit, 1)
-
-    def distribution_changes(self) -> tuple[Any, ...]:
-        """None: what is left is drawn from its softmax."""
-        return ()
 
     def init(self, batch: int, block_length: int) -> PartState:
         """No state."""
@@ -82,10 +66,6 @@ class ForbidTokens:
         limit = FORBID_NOTHING.limit if self.vocab_limit is None else self.vocab_limit
         return Forbidden(ids=jnp.atleast_1d(jnp.asarray(self.token_ids, jnp.int32)),
                          limit=jnp.asarray(limit, jnp.int32))
-
-    def asks(self, state: PartState) -> Int[Array, "B L S"] | None:
-        """None."""
-        return None
 
     def adjust(self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Reading, PartState]:
         """The same reading: the tokens are not in it."""

@@ -32,8 +32,9 @@ class Chain:
         """Whether any does."""
         return any(answers.forbids(part) for part in self.transforms)
 
+    @property
     def distribution_changes(self) -> tuple[Any, ...]:
-        """Those of all."""
+        """Those of all, in their order."""
         return tuple(change for part in self.transforms for change in answers.distribution_changes(part))
 
     def init(self, batch: int, block_length: int) -> PartState:
@@ -59,7 +60,7 @@ class Chain:
 
     def asks(self, state: PartState) -> Int[Array, "B L S"] | None:
         """What any of them asks for."""
-        each = [part.asks(own) for part, own in zip(self.transforms, state, strict=True)]  # type: ignore[attr-defined]
+        each = [answers.asks(part, own) for part, own in zip(self.transforms, state, strict=True)]
         asked = [ids for ids in each if ids is not None]
         return jnp.concatenate(asked, axis=-1) if asked else None
 

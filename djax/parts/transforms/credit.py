@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from djax.contracts import struct
-from djax.contracts.types import FORBID_NOTHING, Forbidden, Logits, PartState, Reading
+from djax.contracts.types import Logits, PartState, Reading
 from djax.errors import check_number
 
 
@@ -38,7 +38,6 @@ class Credit:
     gamma: float | Float[Array, ""] = 0.2
 
     reads: ClassVar[bool] = True  # only the slots' logits change
-    forbids: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, 0.0)
@@ -59,10 +58,6 @@ class Credit:
         rows = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
         columns = jnp.arange(length, dtype=jnp.int32)[None, :, None]
         return logits.at[rows, columns, jnp.maximum(state.token, 0)].add(self._bonus(state)), state
-
-    def forbidden(self) -> Forbidden:
-        """Nothing."""
-        return FORBID_NOTHING
 
     def asks(self, state: PartState) -> Int[Array, "B L S"] | None:
         """The tokens in the slots."""

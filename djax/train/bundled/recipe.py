@@ -13,7 +13,7 @@ from djax.engine.tokenizer import Tokenizer
 from djax.recipes import Recipe, fast_dllm
 from djax.train.bundled.tokenizer import EOS, MASK, VOCAB_SIZE, token_id
 from djax.train.bundled.windows import Mixed, WindowSource
-from djax.train.config import DataSection, OptimizerSection, TrainConfig, TrainingSection
+from djax.train.config import DataSection, Objective, OptimizerSection, Schedule, TrainConfig, TrainingSection
 from djax.train.loss import Batch
 from djax.train.run import make_batches, make_source
 
@@ -54,9 +54,9 @@ class Stage:
 
     steps: int
     learning_rate: float
-    schedule: str
+    schedule: Schedule
     longest_tail: int
-    objective: str
+    objective: Objective
     given: float = 0.0
     windows: bool = False
     """Whether every other example is cut to a window."""
