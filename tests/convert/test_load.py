@@ -316,7 +316,7 @@ import sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, AxisType
 import convert
-from djax.sharding import named_leaves
+from djax.devices.sharding import named_leaves
 from tests.support import builders
 
 assert jax.device_count() == 8

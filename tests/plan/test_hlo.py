@@ -115,7 +115,7 @@ import json
 import jax, jax.numpy as jnp, numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec as P
-from djax import hlo
+from djax.plan import hlo
 
 mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("expert", "tensor"))
 
