@@ -146,7 +146,8 @@ def windowed_forward(config: Any, params: Any, canvas: int) -> dict[str, Any]:
     def step(params: Any, tokens: jax.Array, cache: Any) -> jax.Array:
         start = jnp.int32(canvas - WINDOW)
         hidden, _ = denoiser.apply(
-            params, denoiser.embed(params, tokens), positions=denoiser.place(params, start + jnp.arange(WINDOW)[None]),
+            params, denoiser.embed(params, tokens),
+            positions=denoiser.prepare_positions(params, start + jnp.arange(WINDOW)[None]),
             key_mask=jnp.ones((1, canvas), bool), window_start=start, write=jnp.ones((1, WINDOW), bool), cache=cache)
         logits = denoiser.unembed(params, hidden[:, :BLOCK])
         return jnp.stack([jnp.min(logits), jnp.max(logits)])

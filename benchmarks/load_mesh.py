@@ -84,7 +84,7 @@ def measure(directory: Path, mesh: str, *, process: int, processes: int, port: i
 
 
 def load_in_processes(directory: Path, mesh: str, processes: int) -> list[dict[str, Any]]:
-    """What each of so many fresh processes measures."""
+    """Measurements of so many fresh processes."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

@@ -120,13 +120,13 @@ def quality_section(record: dict[str, Any]) -> str:
 
 
 def scaling_section(record: dict[str, Any]) -> str:
-    """What several devices give and hold, measured on fake ones and planned for real ones."""
+    """Speed and memory of several devices, measured on fake ones and planned for real ones."""
     plot = "![Predicted scaling of one forward](results/scaling.png)"
     return f"{scaling_report.markdown(record).rstrip()}\n\n{plot}"
 
 
 def rl_section(record: dict[str, Any]) -> str:
-    """What policy gradients make of a spoiled model."""
+    """Policy gradients on a spoiled model."""
     plot = "![Held-out reward against updates](results/rl/rl.png)"
     return f"{rl_report.markdown(record['runs']).rstrip()}\n\n{plot}"
 

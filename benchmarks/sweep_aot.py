@@ -76,7 +76,7 @@ def programs(largest: int) -> Iterator[tuple[str, int, Callable[..., Any], tuple
 
 
 def shapes_of(operands: Any) -> Any:
-    """What decides which program is compiled: shapes, dtypes, and static fields."""
+    """Key of a compiled program: shapes, dtypes, and static fields."""
     leaves, tree = jax.tree.flatten(operands)
     return tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 

@@ -66,7 +66,7 @@ def alive() -> bool:
 
 
 def ceilings(sizes: Sizes) -> dict[str, Any]:
-    """What `timing.measure_ceilings` measures in JAX, here in PyTorch."""
+    """Ceilings in PyTorch, as `timing.measure_ceilings` measures them in JAX."""
     import torch
 
     source = torch.empty(sizes.copy_bytes // 4, dtype=torch.int32, device=device_name())

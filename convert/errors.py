@@ -1,4 +1,4 @@
-"""What goes wrong with a checkpoint: one typed error that names the file and the key."""
+"""Errors about a checkpoint: one type that names the file and the key."""
 
 from __future__ import annotations
 

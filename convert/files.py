@@ -45,7 +45,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def lfs_advice(start: bytes) -> str | None:
-    """What to say if `start`, a file's first bytes, is a git-lfs pointer; None if it is not."""
+    """The complaint about `start`, a file's first bytes, if it is a git-lfs pointer; None if it is not."""
     if start.startswith(_LFS_PREFIX):
         return "is a git-lfs pointer, not the file itself; run `git lfs pull` or download the file again"
     return None

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from convert.atomic import atomic_directory, require_space
 from convert.hf_config import CONFIG_NAME, family_of
-from convert.mapping import Share, Table, published_keys
+from convert.mapping import Table, TensorSlice, published_keys
 from convert.safetensors_io import INDEX_NAME, SINGLE_NAME
 from convert.source import write_text_files
 from djax.devices.sharding import named_leaves
@@ -68,7 +68,7 @@ def export(
     return target
 
 
-_Part = tuple[str, Share]
+_Part = tuple[str, TensorSlice]
 """A parameter's name, and what it is of a tensor."""
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from convert import checkpoint
 from convert.errors import MissingKeyError
 from convert.hf_config import CONFIG_NAME, family_of, read_config
-from convert.mapping import FLOAT_DTYPES, Plan, plan
+from convert.mapping import FLOAT_DTYPES, Filling, fill
 from convert.placement import read_parameters
 from convert.safetensors_io import SafetensorsReader
 from convert.source import refuse_other_kinds, resolve_source
@@ -54,7 +54,7 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a checkpoint holds, as read from its headers."""
+    """Contents of a checkpoint, as read from its headers."""
 
     directory: Path
     format: str
@@ -88,7 +88,7 @@ class HuggingFaceCheckpoint:
     reader: SafetensorsReader
     abstract: nnx.State
     """Of the configuration's parameters, without a sharding."""
-    plan: Plan
+    filling: Filling
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -125,9 +125,9 @@ def open_huggingface(
         config = dataclasses.replace(config, dtype=chosen)
         abstract = abstract_params(config)
         shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
-        mapped = plan(table, reader.tensors, shapes, source=directory)
+        mapped = fill(table, reader.tensors, shapes, source=directory)
         yield HuggingFaceCheckpoint(
-            directory=directory, config=config, reader=reader, abstract=abstract, plan=mapped)
+            directory=directory, config=config, reader=reader, abstract=abstract, filling=mapped)
 
 
 def load_params(
@@ -165,17 +165,17 @@ def read_state(
 ) -> nnx.State:
     """The parameters of an open Hugging Face directory."""
     wanted = checkpoint.placed_params(opened.config, opened.abstract, mesh=mesh, rules=rules)
-    parameters = read_parameters(opened.reader, opened.plan, wanted, meter.advance)
+    parameters = read_parameters(opened.reader, opened.filling, wanted, meter.advance)
     return jax.tree.unflatten(jax.tree.structure(opened.abstract), [parameters[name] for name in wanted])
 
 
 def describe(source: str | os.PathLike[str], config: ModelConfig | None = None) -> Description:
-    """Which checkpoint keys fill which parameter, from the headers alone. Raises as `load_params`."""
+    """Describe which checkpoint keys fill which parameter, from the headers alone. Raises as `load_params`."""
     directory = resolve_source(source)
     if checkpoint.is_converted(directory):
         return _describe_converted(directory)
     with open_huggingface(directory, config, dtype=None) as opened:
-        keys = {name: tuple(dict.fromkeys(piece.key for piece in pieces)) for name, pieces in opened.plan.items()}
+        keys = {name: tuple(dict.fromkeys(piece.key for piece in pieces)) for name, pieces in opened.filling.items()}
         used = set().union(*keys.values())
         return Description(
             directory=directory,

@@ -1,6 +1,6 @@
 """Exactly-once mapping between checkpoint keys and parameters.
 
-A table of `Rule`s says which key fills which parameter. `plan` applies it to the keys that a checkpoint
+A table of `Rule`s says which key fills which parameter. `fill` applies it to the keys that a checkpoint
 holds and checks that every element of every tensor is used once and every parameter is filled once.
 """
 
@@ -29,7 +29,7 @@ FLOAT_DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": 
 
 
 class Tensor(Protocol):
-    """What the mapping reads of a checkpoint tensor."""
+    """The facts about a checkpoint tensor that the mapping reads."""
 
     @property
     def file(self) -> Path: ...  # noqa: D102
@@ -50,7 +50,7 @@ class Rule:
     key: str
     leaf: str
     merge: tuple[int, ...] | None = None
-    """How many of the parameter's axes each checkpoint axis spans, in order; None: one each."""
+    """Number of the parameter's axes that each checkpoint axis spans, in order; None: one each."""
     part: tuple[int, int] = (0, 1)
     """(i, n): the parameter is the i-th of n equal parts of the checkpoint's second last axis."""
     stacked: bool = False
@@ -59,7 +59,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """How an architecture's checkpoints map to its parameters."""
+    """The map from an architecture's checkpoints to its parameters."""
 
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class Piece:
     index: int | None
 
 
-Plan = Mapping[str, tuple[Piece, ...]]
+Filling = Mapping[str, tuple[Piece, ...]]
 """Parameter name to the pieces that fill it."""
 
 
@@ -103,7 +103,7 @@ def _stored_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _pieces(rule: Rule, key: str, expert: int | None, shape: tuple[int, ...], start: int) -> list[Piece]:
-    """Where the elements of tensor `key` go in a parameter of `shape`; those of a stacked one begin at `start`."""
+    """Places of the elements of tensor `key` in a parameter of `shape`; those of a stacked one begin at `start`."""
     part, parts = rule.part
     if parts == 1:
         return [Piece(key=key, start=start, index=expert)]
@@ -112,8 +112,8 @@ def _pieces(rule: Rule, key: str, expert: int | None, shape: tuple[int, ...], st
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Share:
-    """What a parameter, or one index of its first axis, is of a checkpoint tensor."""
+class TensorSlice:
+    """The piece of a checkpoint tensor that is a parameter, or one index of its first axis."""
 
     key: str
     index: int | None
@@ -121,10 +121,10 @@ class Share:
     shape: tuple[int, ...]
     """The parameter's elements as the tensor holds them."""
     order: int
-    """Which come first in a tensor that several parameters are stacked in."""
+    """Parameters that come first in a tensor in which several are stacked."""
 
 
-def published_keys(table: Table, leaf: str, shape: tuple[int, ...]) -> Iterator[Share]:
+def published_keys(table: Table, leaf: str, shape: tuple[int, ...]) -> Iterator[TensorSlice]:
     """The tensors that hold a parameter in a table's first layout.
 
     Raises MissingKeyError if the table has no rule for it.
@@ -135,11 +135,11 @@ def published_keys(table: Table, leaf: str, shape: tuple[int, ...]) -> Iterator[
             continue
         key = rule.key.replace("{layer}", match.groupdict().get("layer") or "")
         if "{expert}" not in key:
-            yield Share(key=key, index=None, shape=_stored_shape(rule, shape), order=order)
+            yield TensorSlice(key=key, index=None, shape=_stored_shape(rule, shape), order=order)
             return
         for index in range(shape[0]):
-            yield Share(key=key.replace("{expert}", str(index)), index=index, shape=_stored_shape(rule, shape[1:]),
-                        order=order)
+            yield TensorSlice(key=key.replace("{expert}", str(index)), index=index,
+                              shape=_stored_shape(rule, shape[1:]), order=order)
         return
     raise MissingKeyError("missing: a rule that fills this parameter", key=leaf)
 
@@ -194,8 +194,10 @@ def _check_filled(
             file=source, key=names[0])
 
 
-def plan(table: Table, tensors: Mapping[str, Tensor], leaves: Mapping[str, tuple[int, ...]], *, source: Path) -> Plan:
-    """Which run of which tensor fills which parameter.
+def fill(
+    table: Table, tensors: Mapping[str, Tensor], leaves: Mapping[str, tuple[int, ...]], *, source: Path
+) -> Filling:
+    """The runs of tensors that fill each parameter.
 
     `leaves` maps parameter names to shapes; `source` is named in errors about the whole checkpoint.
 

@@ -49,7 +49,7 @@ def _box(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Box:
 
 
 def _columns(boxes: list[Box], shape: tuple[int, ...], itemsize: int) -> Box:
-    """What is read of every row of an array for these boxes: the span of their second axis, or the whole row if that
+    """The part of every row of an array that is read for these boxes: the span of their second axis, or the row if that
     is too short a run to be read on its own."""
     whole = tuple((0, size) for size in shape[1:])
     if not whole:
@@ -150,13 +150,13 @@ def read_parameter(
 
 
 def read_parameters(
-    reader: SafetensorsReader, plan: Mapping[str, tuple[Piece, ...]], wanted: Mapping[str, jax.ShapeDtypeStruct],
+    reader: SafetensorsReader, filling: Mapping[str, tuple[Piece, ...]], wanted: Mapping[str, jax.ShapeDtypeStruct],
     progress: Callable[[int], None],
 ) -> dict[str, jax.Array]:
-    """Every parameter of a plan, by name, as `read_parameter`. At most two are in flight to the devices."""
+    """Every parameter of a filling, by name, as `read_parameter`. At most two are in flight to the devices."""
     parameters: dict[str, jax.Array] = {}
     previous: jax.Array | None = None
-    for name, pieces in plan.items():
+    for name, pieces in filling.items():
         parameter = read_parameter(reader, pieces, wanted[name], progress)
         if previous is not None:
             previous.block_until_ready()

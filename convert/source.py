@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a local directory, or a hub repository's safe files."""
+"""Sources of checkpoints: a local directory, or a hub repository's safe files."""
 
 from __future__ import annotations
 

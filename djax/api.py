@@ -22,7 +22,7 @@ from djax.engine.options import Call, Sampling, SamplingKwargs, check_block_leng
 from djax.engine.prompts import Prompt, shared_masked, shared_prompts
 from djax.engine.results import Generation, Watch, to_generation
 from djax.engine.running import Run
-from djax.engine.streaming import Streamer, StreamStep, feed, stream_run
+from djax.engine.streaming import Streamer, StreamStep, stream_run, with_streamer
 from djax.engine.tokenizer import Tokenizer, has_tokenizer
 from djax.errors import check_integer
 from djax.loop.state import Parts, stop_reasons
@@ -191,7 +191,7 @@ class DiffusionLM(LoadedModel):
         streamer: Streamer | None = None,
         **options: Unpack[SamplingKwargs],
     ) -> Iterator[StreamStep]:
-        """The same generation as `generate`, and the same programs, handed out while it happens.
+        """Generate as `generate` does, by the same programs, and hand out each step while it happens.
 
         With `drafts` there is one `StreamStep` per denoising step, otherwise one per finished block (and one transfer
         to the host for each). The last step's tokens are those of `generate`. A Hugging Face `streamer` (batch of one)
@@ -212,7 +212,7 @@ class DiffusionLM(LoadedModel):
             lambda: Run(self.program, self.params, canvas, call.parts, guidance=call.guidance, key=key,
                         row_ids=row_ids),
             canvas, eos_ids=call.eos_ids, tokenizer=self.tokenizer, limit=max_new_tokens, drafts=drafts)
-        return steps if streamer is None else feed(streamer, canvas, steps)
+        return steps if streamer is None else with_streamer(streamer, canvas, steps)
 
     @without_mesh()
     def decode(

@@ -27,7 +27,7 @@ class ArgumentError(ValueError):
         super().__init__(f"{name}: got {got}; allowed {allowed}" + (f"; {advice}" if advice else ""))
 
     def renamed(self, name: str) -> ArgumentError:
-        """The same error about an argument of another name, such as a flag's."""
+        """Name another argument in the same error, such as a flag."""
         return type(self)(name, self.got, allowed=self.allowed, advice=self.advice)
 
     def __reduce__(self) -> tuple[Any, ...]:

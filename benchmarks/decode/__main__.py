@@ -87,7 +87,7 @@ def engine_record(runs: Sequence[Run], case: Case, eos_id: int) -> dict[str, Any
 
 
 def case_record(case: Case, pairs: Sequence[tuple[Run, Run]], prepared: dict[str, Any], eos_id: int) -> dict[str, Any]:
-    """What is written about one case; `pairs` are (djax, twin)."""
+    """The record of one case; `pairs` are (djax, twin)."""
     ours, theirs = ([pair[side] for pair in pairs] for side in range(2))
     djax, twin = engine_record(ours, case, eos_id), engine_record(theirs, case, eos_id)
     first, second = pairs[-1]
@@ -145,7 +145,7 @@ def measure(
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """What the file holds, one record per machine; nothing where there is no file.
+    """Records of the file, one per machine; nothing where there is no file.
 
     Raises:
         ValueError: the file is something else.

@@ -59,7 +59,7 @@ class Run:
 
 
 class Engine(Protocol):
-    """What a worker drives."""
+    """A program that a worker drives."""
 
     def matmul_gflops(self) -> float:
         """Speed of `MATMUL`."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from benchmarks.decode.engines import Case
 
 RUNS = 3
-"""Of which a rate is the median."""
+"""Repetitions, of which a rate is the median."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Product:
     name: str
     """"attention" or "experts"."""
     span: str
-    """What is computed: "window" or "refresh"."""
+    """The computed step: "window" or "refresh"."""
     rows: int
     sizes: tuple[int, ...]
     """Columns of x, and of what every factor makes."""

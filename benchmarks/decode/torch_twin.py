@@ -1,4 +1,4 @@
-"""What djax is measured against: transformers' own model in an eager loop with the same strategy and cache.
+"""The baseline of djax: transformers' own model in an eager loop with the same strategy and cache.
 
 The network is `Qwen3MoeForCausalLM`, made bidirectional and without renormalised router weights: LLaDA-MoE by
 other authors. The loop is what a careful PyTorch user would write: it decodes block by block, recomputes the
@@ -37,7 +37,7 @@ class TwinRecipe:
 
 
 class Setting(NamedTuple):
-    """What may vary without changing a result."""
+    """Settings that change no result."""
 
     experts: str
     threads: int

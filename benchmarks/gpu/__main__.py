@@ -45,7 +45,7 @@ GRACE_SECONDS = 15.0
 REPORT_SECONDS = 10.0
 """Kept of the budget for the report."""
 MEMORY_FRACTION = "0.88"
-"""Of the GPU for JAX: CUDA graphs, cuDNN and loaded kernels need memory of their own."""
+"""Share of the GPU for JAX: CUDA graphs, cuDNN and loaded kernels need memory of their own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Stage:
 
 
 def stages(only: Sequence[str], *, tiny: bool) -> list[Stage]:
-    """What runs, the targets first and what varies around them last."""
+    """The stages, the targets first and what varies around them last."""
     kernels, forward, torch = "benchmarks.kernels", "benchmarks.forward", "benchmarks.torch_moe"
     ops = ("moe", "attention", "unembed")
     loop = lambda buffers, seconds: Stage(  # noqa: E731
@@ -178,7 +178,7 @@ class Run:
             "shape": dict(part.split("=", 1) for part in shape), "status": status, "reason": reason})
 
     def _close(self, stage: Stage, code: int | None, victims: Sequence[str]) -> int:
-        """What a stage that ran out of time or could not start leaves behind."""
+        """Record of a stage that ran out of time or could not start."""
         for key in victims:
             self._lost(key, "cut off", code)
         if code not in (0, NO_GPU):
@@ -194,7 +194,7 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 
 def gpu_facts() -> dict[str, Any]:
-    """What the driver says of the first GPU; {} where there is none."""
+    """The driver's facts about the first GPU; {} where there is none."""
     fields = ("name", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory", "power.limit")
     try:
         found = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the GPU run comes to: the targets with what was reached, and all tables in Markdown."""
+"""Report of the GPU run: the targets with what was reached, and all tables in Markdown."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def loop_lines(results: Sequence[Result]) -> list[str]:
 
 
 def other_lines(results: Sequence[Result]) -> list[str]:
-    """What has no figure: how often, and why."""
+    """Cases without a figure: how often, and why."""
     counts: dict[str, int] = {}
     for result in results:
         if result["status"] != "ok":

@@ -1,4 +1,4 @@
-"""What is measured: the model's shapes, the matrix of windows, contexts and batches, and how a run of cases goes on.
+"""Cases: the model's shapes, the matrix of windows, contexts and batches, and how a run of cases goes on.
 
 A case prepares (traces and compiles, beside others in threads), then runs alone on the device. Every result is
 appended to a JSON Lines file at once, and so is what is about to run: if the process dies, whoever started it sees

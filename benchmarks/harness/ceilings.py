@@ -13,7 +13,7 @@ from djax.plan.roofline import Cost
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What the device was seen to reach, in the process that the share is about."""
+    """Rates that the device was seen to reach, in the process that the share is about."""
 
     bytes_per_second: float
     """A copy: bytes read plus bytes written."""

@@ -1,4 +1,4 @@
-"""What the command lines of the kernel benchmarks share: options, ceilings, the run, and the table at its end."""
+"""Command lines of the kernel benchmarks: options, ceilings, the run, and the table at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: where a number was measured, its spread, and how it is shown and kept."""
+"""Reports of benchmarks: where a number was measured, its spread, and how it is shown and kept."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Timing:
     """Part of the time that the host spent queueing: near 1 the host is the limit and not the device."""
 
     def per(self, units: int) -> dict[str, Any]:
-        """As JSON, each call being `units` executions of what is timed."""
+        """Give JSON; each call is `units` executions of what is timed."""
         seconds = dataclasses.asdict(self.seconds)
         return {"seconds": {name: value / units for name, value in seconds.items()}, "calls": self.calls * units,
                 "host_share": self.host_share}

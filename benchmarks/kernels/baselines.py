@@ -1,4 +1,4 @@
-"""What the kernels are measured against beside XLA's lowerings that ship with them: `lax.ragged_dot` and tokamax.
+"""Baselines of the kernels beside XLA's lowerings that ship with them: `lax.ragged_dot` and tokamax.
 
 tokamax (google's kernels for JAX) is not a dependency; where it is not installed its cases say so.
 """

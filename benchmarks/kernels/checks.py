@@ -39,9 +39,9 @@ from kernels_pallas.unembed import IMPLEMENTATIONS as UNEMBED
 
 SEED = 7
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1.5e-2}
-"""Of the largest entry, as the tests have it but for float32: accelerators add in another order."""
+"""Share of the largest entry, as the tests have it but for float32: accelerators add in another order."""
 RELATIVE = 1e-2
-"""Of the norm, at the model's shapes in bfloat16: rounding gives 2e-3 to 5e-3, a wrong element far more."""
+"""Share of the norm, at the model's shapes in bfloat16: rounding gives 2e-3 to 5e-3, a wrong element far more."""
 
 
 def cases(drawn: Drawn) -> Iterable[Case]:
@@ -130,7 +130,7 @@ def unembed_table() -> Iterator[Case]:
 
 
 def asserted(got: Any, rows: Any, dtype: str) -> dict[str, Any]:
-    """What the tests say of a readout."""
+    """Compare a readout as the tests do."""
     try:
         check_readout(got, rows, dtype)
     except AssertionError as error:

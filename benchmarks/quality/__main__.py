@@ -73,7 +73,7 @@ class Outcome:
 
     seconds: float
     tokens: list[int]
-    """Of each row, up to and including the first EOS."""
+    """Tokens of each row, up to and including the first EOS."""
     nfe: list[int]
     exact: list[bool]
     """Whether the whole worked answer is right."""

@@ -49,7 +49,7 @@ def _by_task(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """What was measured and where, and the table."""
+    """The measurement, its machine, and the table."""
     rows, settings = record["rows"], record["settings"]
     lines = [f"| {' | '.join(HEAD)} |", "|---|---|---" + "|--:" * (len(HEAD) - 3) + "|",
              *(f"| {' | '.join(_cells(row))} |" for row in rows)]

@@ -1,4 +1,4 @@
-"""What both trainers of `benchmarks.rl` share: the weakened model, the prompts, the rewards, the log of a run."""
+"""The task of both trainers of `benchmarks.rl`: the weakened model, the prompts, the rewards, the log of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from djax.rl import Rollout, rollout
 
 TRAINERS, PLACEMENTS = ("optax", "tunix"), ("colocated", "disjoint")
 TUNIX_METHODS = ("trace", "diffu")
-"""What runs in Tunix: `TraceGRPOLearner`, and the unmodified `GRPOLearner`, whose prompts are not masked."""
+"""Learners of Tunix: `TraceGRPOLearner`, and the unmodified `GRPOLearner`, whose prompts are not masked."""
 EVALUATION_KEY, NOISE_KEY = 2**31 - 1, 0
 
 

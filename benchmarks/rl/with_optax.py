@@ -37,7 +37,7 @@ class Method:
     """A published method: at which masked states it scores, how it scales rewards, and its loss."""
 
     scheme: str | None
-    """Of `masked_states`; None is the trace of the sampler."""
+    """Scheme of `masked_states`; None is the trace of the sampler."""
     loss: Callable[..., tuple[Float[Array, ""], PolicyReport]]
     scale: Scale = "std"
     prompt_mask_probability: float = 0.0

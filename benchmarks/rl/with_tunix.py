@@ -33,7 +33,7 @@ DIFFU_ADVANTAGES = "benchmark_diffu"
 
 @function_registry.register_advantage_estimator(DIFFU_ADVANTAGES)
 def diffu_advantages(rewards: Float[np.ndarray, " B"], num_generations: int) -> Float[np.ndarray, " B"]:
-    """Those of the optax run."""
+    """The optax run's settings."""
     return np.asarray(group_advantages(
         jnp.asarray(rewards, jnp.float32), num_generations, scale=METHODS["diffu"].scale))
 

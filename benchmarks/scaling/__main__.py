@@ -163,7 +163,7 @@ def strong_scaling() -> list[dict[str, Any]]:
 
 
 def fastest(request: Any, kind: str, count: int) -> dict[str, Any]:
-    """Of all meshes of two axes, tensor and expert, that divide the model."""
+    """Choose among all meshes of two axes, tensor and expert, that divide the model."""
     found = []
     for tensor in (size for size in range(1, count + 1) if count % size == 0):
         sizes = {"tensor": tensor, "expert": count // tensor}
@@ -212,8 +212,8 @@ def time_shard(count: int, *, tiny: bool, kind: str) -> dict[str, Any]:
         max_new_tokens=cases.generated, block_length=block, name="shard", recipe=Recipe(
             strategy=strategies.Quota(steps=1), cache_policy=cache_policies.Vicinity(around // 2, around // 2)))
     mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    denoise, own_params = lone_shard(cases.config, mesh)
-    leaves, structure = jax.tree.flatten(own_params)
+    denoise, local_params = lone_shard(cases.config, mesh)
+    leaves, structure = jax.tree.flatten(local_params)
     params = jax.tree.unflatten(structure, [
         (0.02 * jax.random.normal(jax.random.key(index), leaf.shape, jnp.float32)).astype(leaf.dtype)
         for index, leaf in enumerate(leaves)])
@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def on_record(path: Path) -> dict[str, Any]:
-    """What a file has by now."""
+    """Contents of a file so far."""
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return record
 

@@ -115,7 +115,7 @@ def _point(row: Record) -> str:
 
 
 def shard_text(shard: Record) -> str:
-    """What one shard took, in a line."""
+    """Time of one shard, in a line."""
     return (
         f"one of {shard['devices']} on {shard['device']}: a window {1e3 * shard['window_compute_seconds']:.3f} ms and "
         f"{1e3 * shard['modelled_exchange_seconds']['window']:.3f} ms of collectives, modelled for {shard['kind']}; "

@@ -55,4 +55,4 @@ def lone_shard(config: ModelConfig, mesh: AbstractMesh) -> tuple[Any, Any]:
     def run(params: Any, canvas: Any, key: Any, parts: Any, rows: Any) -> Any:
         return denoise(denoiser, params, canvas, key, row_ids=rows, **{axis: getattr(parts, axis) for axis in AXES})
 
-    return run, whole.own_params
+    return run, whole.local_params

@@ -11,7 +11,7 @@ from pathlib import Path
 from djax.errors import ArgumentError, shown
 
 NAMES = ("base", "compressed")
-"""What is bundled; the second after trajectory compression (`djax.train.trajectory`)."""
+"""Bundled models; the second is the first after trajectory compression (`djax.train.trajectory`)."""
 PREFIX = "djax:"
 """Before one of `NAMES`, where a checkpoint's directory or hub id could be."""
 

@@ -27,7 +27,7 @@ from djax.cli.flags import (
 )
 from djax.cli.inspect import inspect_command
 from djax.cli.interrupt import interruptible, reaching
-from djax.cli.mesh import Place, place
+from djax.cli.mesh import Launch, launch
 from djax.cli.parts import parts_command
 from djax.cli.plan import plan_command
 from djax.errors import ArgumentError, check_choice, check_integer, check_number
@@ -104,7 +104,7 @@ def generate(
     from djax.cli.inputs import read_prompts
     from djax.cli.outputs import Reached, print_generation
 
-    where = place(model.mesh, distributed=model.distributed)
+    where = launch(model.mesh, distributed=model.distributed)
     prompts = where.read(
         lambda: read_prompts(prompt, messages=messages, token_ids=token_ids, raw=raw), "prompts")
     arguments = _arguments(flags, sampling) | {
@@ -144,7 +144,7 @@ def infill(
     if template is not None and token_ids is not None:
         raise ArgumentError("--token-ids", "TEMPLATE and --token-ids together", allowed="one of them",
                             advice="drop one")
-    where = place(model.mesh, distributed=model.distributed)
+    where = launch(model.mesh, distributed=model.distributed)
     if token_ids is None and template in (None, "-"):
         template = where.read(lambda: read_stdin("TEMPLATE"), "template")
     arguments = _arguments(flags, sampling)
@@ -186,7 +186,7 @@ def convert(
     from djax import assets
 
     found = assets.resolve(source)
-    where = place(mesh, distributed=distributed)
+    where = launch(mesh, distributed=distributed)
     with reaching(lambda: f"interrupted; {destination} is as it was"), \
             _progress("converting", where) as progress:
         written = converter.convert(
@@ -234,7 +234,7 @@ def _arguments(flags: RecipeFlags, sampling: SamplingFlags) -> dict[str, Any]:
         "key": sampling.seed}
 
 
-def _load(model: ModelFlags, where: Place) -> DiffusionLM:
+def _load(model: ModelFlags, where: Launch) -> DiffusionLM:
     _check_dtype(model.dtype)
     use_compile_cache(not model.no_compile_cache)
     from djax.api import load
@@ -303,7 +303,7 @@ def _check_sampling(sampling: SamplingFlags) -> None:
 
 
 @contextmanager
-def _progress(label: str, where: Place) -> Iterator[Callable[[int, int], None] | None]:
+def _progress(label: str, where: Launch) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on standard error where that is the first process's terminal; None elsewhere."""
     if not (where.first and sys.stderr.isatty()):
         yield None

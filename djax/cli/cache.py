@@ -1,4 +1,4 @@
-"""Where the command line keeps compiled programs, so that the next command does not compile them again."""
+"""The directory of compiled programs, so that the next command does not compile them again."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class _Refused(typer.BadParameter):
 
 
 def refused(flag: str, value: object, allowed: str) -> Exception:
-    """What a flag's parser raises: typer lets it through, where it would rephrase an `ArgumentError`."""
+    """The error of a flag's parser: typer lets it through, where it would rephrase an `ArgumentError`."""
     return _Refused(_sentence(ArgumentError(flag, shown(value), allowed=allowed)))
 
 
@@ -178,7 +178,7 @@ def _see(context: Any) -> str:
 
 
 def _sentence(error: ArgumentError) -> str:
-    """What came, what is allowed, and always what to do."""
+    """One line: what came, what is allowed, and always what to do."""
     return str(error if error.advice else ArgumentError(error.name, error.got, allowed=error.allowed,
                                                         advice="change it"))
 

@@ -51,7 +51,7 @@ def _parser(name: str, kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFlags:
-    """Which model, and how to run it."""
+    """The model, and how to run it."""
 
     model: Annotated[str | None, _option(
         "--model", panel=_MODEL, metavar="PATH|HUB_ID",
@@ -93,7 +93,7 @@ class RecipeFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingFlags:
-    """How tokens are drawn."""
+    """Settings of the draw."""
 
     block_length: Annotated[int, integer("--block-length", panel=_SAMPLING, help="Tokens per block.")] = 64
     temperature: Annotated[float, number("--temperature", panel=_SAMPLING, help="0 is greedy.")] = 0.0
@@ -108,7 +108,7 @@ class SamplingFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LengthFlags:
-    """How much is generated, and where it stops."""
+    """Number of generated tokens, and where generation stops."""
 
     max_new_tokens: Annotated[int, integer(
         "--max-new-tokens", panel=_LENGTH, help="Positions to generate for each prompt.")] = 256

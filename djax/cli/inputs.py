@@ -1,4 +1,4 @@
-"""What the commands read: prompts from arguments, files and standard input, and infilling templates."""
+"""Input of the commands: prompts from arguments, files and standard input, and infilling templates."""
 
 from __future__ import annotations
 

@@ -19,13 +19,13 @@ from contextvars import ContextVar
 from types import FrameType
 
 GRACE_SECONDS = 1.4
-"""How long a command may take to end by itself."""
+"""Seconds that a command may take to end by itself."""
 _TELLING_SECONDS = 0.4
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interruption:
-    """What there is to tell if the command is interrupted, told once."""
+    """Progress to report if the command is interrupted, reported once."""
 
     def __init__(self) -> None:
         self.tell: Callable[[], str] = lambda: "interrupted"
@@ -73,7 +73,7 @@ _CURRENT: ContextVar[Interruption | None] = ContextVar("interruption", default=N
 
 
 def current() -> Interruption:
-    """Of the command that runs."""
+    """The running command's."""
     found = _CURRENT.get()
     if found is None:
         _CURRENT.set(found := Interruption())

@@ -54,7 +54,7 @@ class LiveCanvas:
         self.last: StreamStep | None = None
         """The last step that came."""
         self._drawn: Bool[np.ndarray, "B T"] | None = None
-        """Which positions were decoded in the last frame drawn."""
+        """Positions that were decoded in the last frame drawn."""
 
     def run(self, steps: Iterable[StreamStep]) -> StreamStep | None:
         """Draw steps until they end; the view then disappears. Returns the last step, None if there was none."""

@@ -1,4 +1,4 @@
-"""Where a command runs: on one device, on a mesh, or in several processes, of which the first reads and prints."""
+"""Places where a command runs: one device, a mesh, or several processes, of which the first reads and prints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FORMS = "auto (Cloud TPU, GKE, SLURM, Open MPI), or HOST:PORT,COUNT,INDEX: proc
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class Launch:
     """The devices of a command, and whether this process is the one that reads and prints."""
 
     mesh: Mesh | None
@@ -25,7 +25,7 @@ class Place:
     processes: int
 
     def read(self, read: Callable[[], Any], name: str) -> Any:
-        """What `read` gives in the first process, in every one; what it raises too. `name` is for messages."""
+        """Give every process what `read` returns, or raises, in the first. `name` is for messages."""
         if self.mesh is None or self.processes == 1:
             return read()
         from djax.devices.distributed import share
@@ -33,7 +33,7 @@ class Place:
         return share(lambda: read() if self.first else None, devices=self.mesh.devices.flat, name=name)
 
 
-def place(mesh: str | None, *, distributed: str | None) -> Place:
+def launch(mesh: str | None, *, distributed: str | None) -> Launch:
     """Join the other processes, if there are any, and lay out the mesh. Without either, jax is not imported.
 
     Raises:
@@ -46,7 +46,7 @@ def place(mesh: str | None, *, distributed: str | None) -> Place:
                                 advice="give one, such as --mesh tp")
         _join(distributed)
     if mesh is None:
-        return Place(mesh=None, first=True, processes=1)
+        return Launch(mesh=None, first=True, processes=1)
     import jax
 
     from djax.devices.distributed import processes
@@ -57,7 +57,7 @@ def place(mesh: str | None, *, distributed: str | None) -> Place:
         raise ArgumentError(
             "--mesh", f"{shown(mesh)}, {made.size} of {jax.device_count()} devices in {jax.process_count()} processes",
             allowed="a mesh with devices of every process", advice="use all devices, or start fewer processes")
-    return Place(mesh=made, first=jax.process_index() == 0, processes=jax.process_count())
+    return Launch(mesh=made, first=jax.process_index() == 0, processes=jax.process_count())
 
 
 def _join(distributed: str) -> None:

@@ -1,4 +1,4 @@
-"""What the commands write: text, or one JSON object per prompt."""
+"""Output of the commands: text, or one JSON object per prompt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def print_json(generation: Generation, *, full: bool) -> None:
 
 
 class Reached:
-    """What a generation has reached, for the case that it is interrupted; give `put` to `generate(watch=)`.
+    """Progress of a generation, in case it is interrupted; give `put` to `generate(watch=)`.
 
     JSON rows have the stop reason "interrupted"; in a text masked positions are [MASK:n].
     """
@@ -62,7 +62,7 @@ class Reached:
 
 
 def print_generation(generation: Generation, *, as_json: bool, full: bool) -> None:
-    """As JSON lines, `full` as in `json_row`, or as texts."""
+    """Print JSON lines, `full` as in `json_row`, or texts."""
     if as_json:
         print_json(generation, full=full)
     else:
@@ -100,7 +100,7 @@ def json_row(generation: Generation, row: int, *, full: bool) -> dict[str, Any]:
 
 
 def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
-    """What `djax inspect` found: as one JSON object, or as text with the layers and experts folded."""
+    """Print a checkpoint's contents: as one JSON object, or as text with layers and experts folded."""
     if as_json:
         write_line(json.dumps(summary, ensure_ascii=False))
         return

@@ -136,7 +136,7 @@ def _row(title: str, *cells: str) -> str:
 
 
 def _program_lines(name: str, step: StepPlan) -> list[str]:
-    """What the compiled program holds of a step."""
+    """Contents of the compiled step."""
     if step.collectives is None:
         return []
     found = [f"  {kind:<22}{entry['count']:>4}, {entry['bytes'] / 1e6:.3f} MB, the largest "

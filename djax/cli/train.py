@@ -20,7 +20,7 @@ from djax.train.loop import CHECKPOINTS_NAME
 from djax.train.run import make_batches, make_source, train
 
 MODEL_NAME = "model"
-"""Where in a run's output the trained model is."""
+"""Directory of the trained model in a run's output."""
 
 
 def run(path: Path) -> Path:
@@ -69,7 +69,7 @@ def _run(config: TrainConfig) -> Path:
 
 
 def reached(path: Path) -> str:
-    """What an interrupted run has kept, and how to go on."""
+    """Say what an interrupted run has kept, and how to go on."""
     directory = Path(read_config(path).training.output) / CHECKPOINTS_NAME
     steps = [int(entry.name) for entry in directory.glob("*") if entry.name.isdecimal()]
     kept = f"a checkpoint of update {max(steps)} is kept" if steps else "no checkpoint was written yet"
@@ -77,7 +77,7 @@ def reached(path: Path) -> str:
 
 
 def _start(lm: DiffusionLM, config: TrainConfig) -> Params:
-    """What training starts from; `lm` gives its weights up, as nobody needs them beside the master weights."""
+    """Starting weights of a training; `lm` gives its own up, since nobody needs them beside the master weights."""
     params, lm.params = lm.params, None
     key = as_key(config.training.seed, name="training.seed")
     return init_params(lm.config, key)[1] if config.model.random else params

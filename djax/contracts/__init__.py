@@ -1,1 +1,1 @@
-"""What everything speaks: structs, arrays that travel, protocols, the canvas, the cache, keys."""
+"""The language of all rooms: structs, the data that travels, protocols, the canvas, the cache, keys."""

@@ -1,4 +1,4 @@
-"""What a caller's ambient JAX state may not change: results follow from the arguments alone.
+"""Guards against a caller's ambient JAX state: results follow from the arguments alone.
 
 Dtypes are explicit wherever arrays are made and keys are threefry (`djax.contracts.keys`), so neither 64-bit mode,
 promotion rules nor the default random implementation matter. A caller's `jax.set_mesh` would: arrays made under it are

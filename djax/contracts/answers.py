@@ -1,4 +1,4 @@
-"""What a part may say of itself beyond its protocol, and the cautious answer for one that says nothing.
+"""Answers that a part may give about itself beyond its protocol, and the cautious default for one that gives none.
 
 A part answers with an attribute or a method of the function's name, so that no caller has to know its class.
 """
@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 from djax.contracts.types import FORBID_NOTHING, CachePolicy, Forbidden, PartState, Propose, Transform
 
 
-def reads(part: Any) -> bool:
-    """Whether a transform, proposal or denoiser can do with a `Reading`. Unsaid: no."""
-    return bool(getattr(part, "reads", False))
+def needs_logits(part: Any) -> bool:
+    """Whether a transform, proposal or denoiser cannot do with a `Reading`. Unsaid: yes."""
+    return bool(getattr(part, "needs_logits", True))
 
 
 def forbids(transform: Transform) -> bool:
@@ -36,9 +36,9 @@ def distribution_changes(part: Transform | Propose) -> tuple[Any, ...]:
     return getattr(part, "distribution_changes", (part,))
 
 
-def asks(transform: Transform, state: PartState) -> Int[Array, "B L S"] | None:
+def wanted_ids(transform: Transform, state: PartState) -> Int[Array, "B L S"] | None:
     """The tokens whose logits a reading transform has to know. Unsaid: none."""
-    said = getattr(transform, "asks", None)
+    said = getattr(transform, "wanted_ids", None)
     return None if said is None else said(state)
 
 

@@ -20,7 +20,7 @@ from djax.errors import ArgumentError, check_integer
 
 @struct.dataclass
 class Canvas:
-    """What `denoise` starts from. T - first_block is a multiple of block_length."""
+    """The start of a denoising. T - first_block is a multiple of block_length."""
 
     tokens: Int[Array, "B T"]
     """int32; the mask id at masked positions."""
@@ -59,7 +59,7 @@ class Canvas:
         return region.reshape(self.batch, self.num_blocks, self.block_length).sum(-1, dtype=jnp.int32)
 
     def any_row(self, flags: Bool[Array, "B N"]) -> Bool[Array, " N"]:
-        """Where a flag is set in any row, on whatever device: all rows are in the same block at the same time."""
+        """Logical or over all rows, including those on other devices: rows are in the same block at the same time."""
         found = flags.any(0)
         return lax.pmax(found.astype(jnp.int32), self.row_axes) > 0 if self.row_axes else found
 

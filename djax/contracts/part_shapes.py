@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from djax.contracts.struct import same_structure
-from djax.contracts.types import Candidates, Decision, Plan, StepInfo
+from djax.contracts.types import Candidates, Decision, StepInfo, Window
 from djax.errors import ArgumentError, one_line
 
 AXES = ("strategy", "cache_policy", "transform", "propose", "smoothing", "stop_rule")
@@ -65,7 +65,7 @@ PROTOCOLS = {"strategy": "Strategy", "cache_policy": "CachePolicy", "transform":
              "smoothing": "Smoothing", "stop_rule": "StopRule"}
 """The protocol of each axis, in `djax.contracts.types`."""
 _METHODS = {
-    "strategy": ("reopens", "max_steps", "init", "step"), "cache_policy": ("exact", "window_length", "plan"),
+    "strategy": ("reopens", "max_steps", "init", "step"), "cache_policy": ("exact", "window_length", "window"),
     "transform": ("init", "step"), "propose": ("step",), "smoothing": ("soft", "step"),
     "stop_rule": ("reasons", "step", "ends", "fill")}
 
@@ -83,7 +83,7 @@ def _batch(kinds: tuple[Any, ...]) -> int:
 
 @functools.lru_cache(maxsize=512)
 def _problem(axis: str, structure: Any, kinds: tuple[Any, ...]) -> str | None:
-    """How a part of this structure breaks its protocol."""
+    """The way in which a part of this structure breaks its protocol, or None."""
     part = jax.tree.unflatten(structure, [kind(1) if isinstance(kind, type) else Shaped(*kind) for kind in kinds])
     try:
         return _CHECKS[axis](part, _batch(kinds))
@@ -98,7 +98,7 @@ def call(axis: str, part: Any, state: Any, *given: Any) -> tuple[Any, Any]:
     if axis in ("strategy", "transform"):
         return part.step(*given, state)
     if axis == "cache_policy":
-        return part.plan(*given, CANVAS, LENGTH), state
+        return part.window(*given, CANVAS, LENGTH), state
     if axis == "stop_rule":
         return (part.step(*given), part.ends(given[0])), state
     return part.step(*given), state
@@ -115,7 +115,7 @@ def arguments(axis: str, batch: int) -> tuple[Any, ...]:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl="threefry2x32"), batch))
     tokens, is_masked, number = Shaped(block, jnp.int32), Shaped(block, bool), Shaped(block, jnp.float32)
     scalar, logits = Shaped((), jnp.int32), Shaped((*block, VOCAB), jnp.float32)
-    info: Any = StepInfo(step=Shaped((batch,), jnp.int32), step_in_block=scalar,  # type: ignore[arg-type]
+    info: Any = StepInfo(row_step=Shaped((batch,), jnp.int32), step_in_block=scalar,  # type: ignore[arg-type]
                          block=scalar, block_start=scalar, is_open=is_masked)  # type: ignore[arg-type]
     candidates: Any = Candidates(token=tokens, confidence=number, log_prob=number,  # type: ignore[arg-type]
                                  current=number)  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def _cache_policy(part: Any, batch: int) -> str | None:
     if not isinstance(part.exact, bool):
         return f"whose exact is {part.exact!r}, not True or False"
     given, _ = _traced("cache_policy", part, batch)
-    return _other_fields("plan", given, Plan, (), refresh="bool", start="int32", end="int32")
+    return _other_fields("window", given, Window, (), refresh="bool", start="int32", end="int32")
 
 
 def _smoothing(part: Any, batch: int) -> str | None:

@@ -17,11 +17,11 @@ from djax.contracts import struct
 Params = Any
 """A pytree of weights (an `nnx.State` or a plain dict)."""
 Hidden = Any
-"""What a denoiser's `apply` hands to its own `unembed`: a pytree of arrays with leading axes [B, W]."""
+"""Output of a denoiser's `apply` for its own `unembed`: a pytree of arrays with leading axes [B, W]."""
 Cache = Any
-"""What a denoiser keeps between forwards: a pytree, opaque to the loop."""
+"""State that a denoiser keeps between forwards: a pytree, opaque to the loop."""
 Positions = Any
-"""What a denoiser's `place` makes of positions: a pytree of arrays with leading axes [B, T], or [B, W] in a window."""
+"""Positions as a denoiser's `prepare_positions` gives them: a pytree of arrays with leading axes [B, T], or [B, W]."""
 PartState = Any
 """A part's own state: a pytree of arrays with a leading axis B (on a mesh their rows are split), or () for none."""
 Logits = Float[Array, "B L V"]
@@ -29,9 +29,9 @@ Logits = Float[Array, "B L V"]
 
 @struct.dataclass
 class StepInfo:
-    """Where the loop stands. Counters start at 0."""
+    """Counters of the loop, from 0."""
 
-    step: Int[Array, " B"]
+    row_step: Int[Array, " B"]
     """Denoising steps of the row so far, over the whole sequence."""
     step_in_block: Int[Array, ""]
     """Steps since the block was entered; the same for every row still at work in it."""
@@ -50,7 +50,7 @@ class StepInfo:
 
 @struct.dataclass
 class Candidates:
-    """What is left of the vocabulary: one proposed token per position of the block.
+    """One proposed token per position of the block: all that is left of the vocabulary.
 
     `confidence` is the token's probability under the transformed logits at temperature 1, in float32.
     -inf means "no proposal here": no strategy commits such a position.
@@ -82,7 +82,7 @@ FORBID_NOTHING = Forbidden(ids=np.full(1, -1, np.int32), limit=np.int32(2**31 - 
 
 @struct.dataclass
 class Noise:
-    """What turns the most probable token into a draw: the largest of logits + temperature * Gumbel noise."""
+    """Randomness of a draw: the largest of logits + temperature * Gumbel noise is drawn."""
 
     temperature: Float[Array, ""]
     """0 draws the most probable token."""
@@ -92,7 +92,7 @@ class Noise:
 
 @struct.dataclass
 class HeadQuery:
-    """What a step wants to know of the vocabulary when no part needs all logits; see `Denoiser.read`."""
+    """A step's question to the head when no part needs all logits; see `ReadingDenoiser.read`."""
 
     ids: Int[Array, "B L A"]
     """Tokens whose logits are wanted; a negative id asks for nothing."""
@@ -103,13 +103,13 @@ class HeadQuery:
 
 @struct.dataclass
 class Reading:
-    """What a head says about each position, the vocabulary already gone. Probabilities are over allowed tokens.
+    """A head's answer about each position, without the vocabulary axis. Probabilities are over allowed tokens.
 
     Logits and log-sums are float32; a forbidden token's logit is -inf.
     """
 
     ids: Int[Array, "B L A"]
-    """Those of the query."""
+    """The query's ids."""
     logits: Float[Array, "B L A"]
     """Their logits; -inf for a negative id."""
     noise: Float[Array, "B L A"]
@@ -136,7 +136,7 @@ class Reading:
 
 @struct.dataclass
 class Decision:
-    """What a strategy wants done with each position of the block.
+    """A strategy's decision about each position of the block.
 
     `commit` writes the candidate and closes the position (on an open position that is not masked it
     rewrites the token); `reopen` masks the position again. The loop ignores both on pinned positions.
@@ -147,8 +147,8 @@ class Decision:
 
 
 @struct.dataclass
-class Plan:
-    """Which positions the next forward recomputes: all of them (`refresh`), or those in [start, end)."""
+class Window:
+    """The positions that the next forward recomputes: all of them (`refresh`), or those in [start, end)."""
 
     refresh: Bool[Array, ""]
     start: Int[Array, ""]
@@ -171,8 +171,8 @@ class Denoiser(Protocol):
         """Input embeddings of tokens."""
         ...
 
-    def place(self, params: Params, positions: Int[Array, "B T"]) -> Positions:
-        """What `apply` needs of positions (rotation angles, say), made once before the loop."""
+    def prepare_positions(self, params: Params, positions: Int[Array, "B T"]) -> Positions:
+        """Prepare what `apply` needs of positions (rotation angles, say), once before the loop."""
         ...
 
     def apply(
@@ -186,7 +186,7 @@ class Denoiser(Protocol):
         write: Bool[Array, "B W"],
         cache: Cache | None,
     ) -> tuple[Hidden, Cache | None]:
-        """Hidden states of a window of the canvas; `positions` is the window's part of what `place` gave.
+        """Hidden states of a window of the canvas; `positions` is the window's part of what `prepare_positions` gave.
 
         With a cache, the window's keys and values replace the cache's where `write` is set and the
         queries attend to the whole cache; without one the window is the canvas (W = T) and `write` is
@@ -206,13 +206,13 @@ class Denoiser(Protocol):
 class ReadingDenoiser(Denoiser, Protocol):
     """A denoiser that can answer a `HeadQuery` without holding the logits of the vocabulary.
 
-    The loop asks it to if `reads` is True and transform and proposal read too; a denoiser without `reads` is
-    always asked for logits.
+    The loop asks it to where neither it nor transform nor proposal `needs_logits`; one that does not say is always
+    asked for logits.
     """
 
     @property
-    def reads(self) -> bool:
-        """Whether `read` may be called."""
+    def needs_logits(self) -> bool:
+        """False where `read` may be called."""
         ...
 
     def read(
@@ -240,33 +240,35 @@ class Transform(Protocol):
 class ReadingTransform(Transform, Protocol):
     """A transform that can do with a `Reading`: it forbids tokens, or changes logits of a few tokens it can name.
 
-    A transform without `reads` is always given logits. Both ways give the same candidates. One that forbids nothing may
-    leave `forbidden` out, and one that asks for nothing `asks` (`djax.contracts.answers`).
+    One that does not say `needs_logits = False` is always given logits. Both ways give the same candidates. One that
+    forbids nothing may leave `forbidden` out, and one that wants no ids `wanted_ids` (`djax.contracts.answers`).
     """
 
     @property
-    def reads(self) -> bool:
-        """Whether the other methods may be called in place of `step`."""
+    def needs_logits(self) -> bool:
+        """False where the other methods may be called in place of `step`."""
         ...
 
     def forbidden(self) -> Forbidden:
-        """What it drops from the vocabulary."""
+        """The tokens that it drops from the vocabulary."""
         ...
 
-    def asks(self, state: PartState) -> Int[Array, "B L S"] | None:
+    def wanted_ids(self, state: PartState) -> Int[Array, "B L S"] | None:
         """Tokens whose logits it has to know, negative for none; None if it never needs any."""
         ...
 
-    def adjust(self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Reading, PartState]:
+    def step_reading(
+        self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState
+    ) -> tuple[Reading, PartState]:
         """The reading of the transformed logits, and the next state."""
         ...
 
 
 class Filter(Protocol):
-    """Which tokens a draw may take."""
+    """A restriction of the tokens that may be drawn."""
 
     def keep(self, logits: Logits) -> Logits:
-        """The same logits, -inf where a token may not be drawn; the most probable token always stays."""
+        """Set logits to -inf where a token may not be drawn; the most probable token always stays."""
         ...
 
 
@@ -279,15 +281,15 @@ class Propose(Protocol):
 
 
 class ReadingPropose(Propose, Protocol):
-    """A proposal that can do with a `Reading`. A proposal without `reads` is always given logits."""
+    """A proposal that can do with a `Reading`. One that does not say is always given logits."""
 
     @property
-    def reads(self) -> bool:
-        """Whether the other methods may be called in place of `step`."""
+    def needs_logits(self) -> bool:
+        """False where the other methods may be called in place of `step`."""
         ...
 
     def noise(self, keys: Key[Array, " B"], block_length: int) -> Noise | None:
-        """What the query needs to draw; None to propose the most probable token."""
+        """The randomness of the draw; None to propose the most probable token."""
         ...
 
     def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
@@ -296,7 +298,7 @@ class ReadingPropose(Propose, Protocol):
 
 
 class Strategy(Protocol):
-    """Which candidates to commit. State lives for one block."""
+    """A rule that chooses the candidates to commit. Its state lives for one block."""
 
     @property
     def reopens(self) -> bool:
@@ -324,7 +326,7 @@ class Strategy(Protocol):
 
 
 class CachePolicy(Protocol):
-    """When to recompute the whole canvas, and which window otherwise."""
+    """A rule that says when to recompute the whole canvas, and which window otherwise."""
 
     @property
     def exact(self) -> bool:
@@ -335,13 +337,13 @@ class CachePolicy(Protocol):
         """Static width of the recomputed window; None for no cache at all."""
         ...
 
-    def plan(self, info: StepInfo, canvas_length: int, block_length: int) -> Plan:
+    def window(self, info: StepInfo, canvas_length: int, block_length: int) -> Window:
         """Depends on the block index and the step in the block only, never on a row."""
         ...
 
 
 class Smoothing(Protocol):
-    """What masked positions feed the next forward."""
+    """A rule that makes the next inputs of masked positions."""
 
     @property
     def soft(self) -> bool:
@@ -360,11 +362,11 @@ class Smoothing(Protocol):
 
 
 class StopRule(Protocol):
-    """Which rows are finished, asked of every row that has just completed its block."""
+    """A rule that says which rows are finished, asked of every row that has just completed its block."""
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why it stops rows, in the words of `Generation.stop_reason`; "eos" for a token that ends a sequence."""
+        """Its reasons, in the words of `Generation.stop_reason`; "eos" for a token that ends a sequence."""
         ...
 
     def step(

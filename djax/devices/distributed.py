@@ -36,7 +36,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class PeerError(ValueError):
-    """What went wrong in another process."""
+    """An error of another process."""
 
 
 class PeerLost(RuntimeError):
@@ -134,7 +134,7 @@ def with_peers(mesh: Mesh | None) -> Iterator[None]:
 def share(
     make: Callable[[], Any], *, devices: Iterable[jax.Device], name: str, same: Mapping[str, Any] = _NOTHING
 ) -> Any:
-    """What `make` returns on one of the devices' processes, or alike on each of them: a JSON value, on all.
+    """Share what `make` returns on one of the devices' processes, or alike on each: a JSON value, then on all.
 
     All processes call it, and wait for those that are late: a process that dies in the meantime ends them, see
     `initialize`. Among devices of one process it is `make()`.

@@ -1,4 +1,4 @@
-"""What a model does about its arrays being split, when the whole program runs inside one `jax.shard_map`.
+"""The part of a model that knows its arrays are split, when the whole program runs inside one `jax.shard_map`.
 
 Every device runs the same code on its own part of the weights. The models' partial results are summed here, so that
 the collectives of a forward can be read in the models; only readings of the head are joined elsewhere
@@ -41,11 +41,11 @@ class Parallel:
     """Positions of a full forward. All of its devices hold weights and cache whole and compute windows whole."""
 
     def size(self, axes: Axes) -> int:
-        """How many parts something is in that is split over these axes."""
+        """Product of the axis sizes: the number of parts of an array split over them."""
         return math.prod(lax.axis_size(axis) for axis in axes)
 
     def index(self, axes: Axes) -> Int[Array, ""]:
-        """Which of the parts this device has."""
+        """Index of this device's part."""
         return lax.axis_index(axes) if axes else jnp.int32(0)
 
     def sum(self, *terms: tuple[Array, Axes]) -> Array:
@@ -65,8 +65,8 @@ class Parallel:
         """All devices' parts, side by side along an array axis."""
         return lax.all_gather(part, axes, axis=axis, tiled=True) if axes else part
 
-    def own_kv_heads(self, weight: Float[Array, "G K D"], *, num_heads: int, ratio: int) -> Float[Array, "g K D"]:
-        """Those of the device's key/value heads that its `num_heads` query heads attend to, `ratio` of them to each."""
+    def local_kv_heads(self, weight: Float[Array, "G K D"], *, num_heads: int, ratio: int) -> Float[Array, "g K D"]:
+        """The key/value heads that the device's `num_heads` query heads attend to, `ratio` query heads to each."""
         needed = max(num_heads // ratio, 1)
         if needed == weight.shape[0]:
             return weight
@@ -96,18 +96,18 @@ class Parallel:
         return lax.dynamic_slice_in_dim(padded, self.index(self.sequence) * width, width, axis=1)
 
     def all_positions(self, part: Array, length: int, *, axis: int = 1) -> Array:
-        """What `positions` was taken of."""
+        """Undo `positions`: the array that they were taken of."""
         if not self.sequence:
             return part
         return lax.slice_in_dim(self.gather(part, self.sequence, axis=axis), 0, length, axis=axis)
 
 
-WHOLE = Parallel()
+UNSPLIT = Parallel()
 """Nothing is split."""
 
 
 def parallel_on(mesh: Mesh, rules: Rules, *, num_heads: int, num_kv_heads: int) -> Parallel:
-    """How a model with so many heads is split over `mesh` by `rules` while it generates.
+    """The split over `mesh` by `rules` of a generating model with so many heads.
 
     Raises:
         ValueError: the rules split something that a generation cannot, or split two things over one mesh axis that

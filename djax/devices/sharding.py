@@ -199,7 +199,7 @@ def rules_for(axes: Any, shapes: Any, mesh: Mesh) -> Rules:
 def partition_spec(
     axes: LogicalAxes, shape: tuple[int, ...], *, mesh: Mesh, rules: Rules = DEFAULT_RULES, name: str = "array"
 ) -> PartitionSpec:
-    """How an array with these logical axes is split over `mesh`. Rules' axes that the mesh lacks are left out.
+    """The split over `mesh` of an array with these logical axes. Mesh axes that are not there are left out.
 
     Raises ValueError, naming `name` and the numbers, if the axes do not match the shape, two axes of the
     array are split over the same mesh axis, or a mesh axis does not divide the array's.

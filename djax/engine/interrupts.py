@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 STRETCH_SECONDS = 0.4
-"""What a stretch of the loop is to take: short for who presses Ctrl-C, long against the host's part of it."""
+"""Seconds of a stretch of the loop: short for someone who presses Ctrl-C, long against the host's part of it."""
 SHARED_STEPS = 16
 """Steps of a stretch on a mesh of several processes, which all have to take the same."""
 _FASTEST_GROWTH = 64
@@ -30,7 +30,7 @@ _LONGEST_EXIT_SECONDS = 30.0
 
 
 class Pace:
-    """How many denoising steps a stretch has, from what the last one took."""
+    """Denoising steps of the next stretch, from what the last one took."""
 
     def __init__(self, *, fixed: bool = False) -> None:
         """`fixed`: `SHARED_STEPS`, whatever they take."""

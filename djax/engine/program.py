@@ -71,7 +71,7 @@ class Program:
             check_rules(mesh, rules)
         self.rules: Rules = {} if rules is None else rules
         self.param_shardings = shardings(axes, abstract, mesh=mesh, rules=rules)
-        """Of every parameter, a tree like the model's state."""
+        """Sharding of every parameter, a tree like the model's state."""
         self.parallel = Parallel()
         self.row_axes: tuple[str, ...] = ()
         """Mesh axes over which rows are split."""
@@ -79,7 +79,7 @@ class Program:
             self.parallel = parallel_on(
                 mesh, self.rules, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
             self.row_axes = tuple(axis for axis in mesh_axes("batch", mesh, self.rules) if mesh.shape[axis] > 1)
-        self.own_params = jax.tree.map(
+        self.local_params = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype), abstract,
             self.param_shardings)
         """Shapes of one device's part of every parameter."""
@@ -94,7 +94,7 @@ class Program:
         where the host needs no control in between (plans, comparisons)."""
         # an unused argument would not say which device the state is bound to: `advance` would be compiled twice
         self.begin = self._jit(self._begin, _BEGINNING, (state, whole), keep_unused=True)
-        """The same arguments to the state before the first step, and whether anything is to be done."""
+        """Make the state before the first step, and say whether anything is to be done."""
         self.advance = self._jit(
             self._advance, (_BY_ROWS, state, whole, whole, whole), (state, whole, whole), donate_argnums=3)
         """(denoiser, params, canvas, state, parts, steps, before_block) to the state, its `Progress`, and whether work
@@ -108,7 +108,7 @@ class Program:
             return function(*arguments)
 
     def pace(self, canvas: Canvas, parts: Parts) -> Pace:
-        """How many steps a stretch takes for such a canvas and such parts, as the last generation left it."""
+        """Steps of a stretch for such a canvas and such parts, as the last generation left it."""
         key = (canvas.tokens.shape, canvas.block_length, canvas.first_block, jax.tree.structure(parts))
         return self._paces.setdefault(key, Pace(fixed=spans_processes(self.mesh)))
 
@@ -179,7 +179,7 @@ class Program:
             self._row_specs(tree) if kind is _BY_ROWS else kind for kind, tree in zip(kinds, rest, strict=True))
 
     def _row_specs(self, tree: Any) -> Specs:
-        """Of a tree whose arrays have a row for each of the batch; its scalars are whole."""
+        """Split of a tree whose arrays have a row for each of the batch; its scalars are whole."""
         return jax.tree.map(lambda leaf: P(self.row_axes or None) if jnp.ndim(leaf) else P(), tree)
 
     def _state_specs(self) -> Specs:
@@ -231,8 +231,8 @@ class Program:
         positions: Int[Array, "B T"],
     ) -> Float[Array, "B T V"]:
         hidden, _ = denoiser.apply(
-            params, denoiser.embed(params, tokens), positions=denoiser.place(params, positions), key_mask=valid,
-            window_start=jnp.int32(0), write=valid, cache=None)
+            params, denoiser.embed(params, tokens), positions=denoiser.prepare_positions(params, positions),
+            key_mask=valid, window_start=jnp.int32(0), write=valid, cache=None)
         logits: Array = self._whole(denoiser.unembed(params, hidden))
         return logits
 

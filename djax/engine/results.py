@@ -1,4 +1,4 @@
-"""What a generation returns: numpy records, trimmed for reading and untrimmed for replay."""
+"""Results of a generation: NumPy records, trimmed for reading and untrimmed for replay."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def generated_length(
     tokens: Int[np.ndarray, " T"], is_open: Bool[np.ndarray, " T"], is_masked: Bool[np.ndarray, " T"],
     eos_ids: Sequence[int], *, done: bool,
 ) -> int:
-    """How many tokens of a row TPF counts: its completion's, or while it is at work what is decoded up to an EOS."""
+    """Tokens of a row that TPF counts: its completion's, or while it is at work what is decoded up to an EOS."""
     if done:
         return int(is_completion(tokens, is_open, is_masked, eos_ids).sum())
     decoded = is_open & ~is_masked
@@ -81,7 +81,7 @@ class Generation(Compared):
     steps: Int[np.ndarray, " B"]
     """Denoising steps of the row."""
     refreshes: Int[np.ndarray, " B"]
-    """How many steps recomputed the whole canvas."""
+    """Steps that recomputed the whole canvas."""
     stop_reason: list[str]
     """"length", "eos", "nan" or "max_steps" per row, or a reason of the recipe's own stop rule; "interrupted" for one
     that is still at work (see `watch`)."""
@@ -96,7 +96,7 @@ class Generation(Compared):
         return tokens_per_forward(self.lengths, self.nfe)
 
     def whole_rows(self, tokenizer: Tokenizer | None) -> Generation:
-        """The same with `tokens` and `text` of whole rows, prompt and pinned tokens included."""
+        """Replace `tokens` and `text` by those of whole rows, prompt and pinned tokens included."""
         rows = [row[valid] for row, valid in zip(self.canvas, self.canvas_mask, strict=True)]
         text = None if tokenizer is None else [tokenizer.decode(row) for row in rows]
         return dataclasses.replace(self, tokens=rows, text=text)

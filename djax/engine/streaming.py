@@ -20,7 +20,7 @@ from djax.loop.state import Progress
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StreamStep(Compared):
-    """What a stream yields: where the canvas stands, and what became final since the last step."""
+    """One step of a stream: the canvas now, and what became final since the last step."""
 
     tokens: Int[np.ndarray, "B T"]
     is_masked: Bool[np.ndarray, "B T"]
@@ -41,7 +41,7 @@ class StreamStep(Compared):
     nfe: Int[np.ndarray, " B"]
     done: Bool[np.ndarray, " B"]
     eos_ids: tuple[int, ...] = ()
-    """What ends a row's text."""
+    """Ends of a row's text."""
     draft_text: list[str] | None = None
     """Text of `draft` without its masked positions; None without a tokenizer."""
 
@@ -134,7 +134,7 @@ def stream_run(
         yield reader.read(run.fetch(shown), last=not run.left)
 
 
-def feed(streamer: Streamer, canvas: Canvas, steps: Iterator[StreamStep]) -> Iterator[StreamStep]:
+def with_streamer(streamer: Streamer, canvas: Canvas, steps: Iterator[StreamStep]) -> Iterator[StreamStep]:
     """The steps of one row, each handed to the streamer before it is passed on."""
     tokens, pinned = jax.device_get((canvas.tokens, canvas.valid & ~canvas.is_masked))
     streamer.put(tokens[0][pinned[0]])

@@ -15,7 +15,7 @@ from djax.errors import ArgumentError, check_choice, shown
 
 ROLES = ("system", "user", "assistant")
 MASK_TOKEN = "<|mask|>"
-"""How LLaDA's tokenizers write the mask."""
+"""The mask in LLaDA's tokenizers."""
 _LFS_POINTER = b"version https://git-lfs"
 
 Message = Mapping[str, str]
@@ -237,7 +237,7 @@ class TextStream:
         return new
 
     def finish(self) -> str:
-        """What was held back: bytes that stayed incomplete come out as U+FFFD. The stream is then empty."""
+        """Give what was held back: bytes that stayed incomplete come out as U+FFFD. The stream is then empty."""
         new = self._tokenizer.decode(self._ids, skip_special=self._skip_special)[self._emitted:]
         self._start()
         return new

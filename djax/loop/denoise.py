@@ -132,10 +132,10 @@ def advance(
 
     def refresh_is_next(state: DenoiseState) -> Bool[Array, ""]:
         _, info, _ = enter_block(canvas, parts, state)
-        return parts.cache_policy.plan(info, canvas.length, canvas.block_length).refresh
+        return parts.cache_policy.window(info, canvas.length, canvas.block_length).refresh
 
     # outside the loop: XLA would compute its sines and cosines anew in every step and, on CPU, in every head
-    positions = denoiser.place(params, canvas.positions)
+    positions = denoiser.prepare_positions(params, canvas.positions)
     step = partial(denoising_step, denoiser, params, canvas, positions, parts)
     window = parts.cache_policy.window_length(canvas.length, canvas.first_block, canvas.block_length)
     if window is None or window == canvas.length:

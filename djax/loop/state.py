@@ -1,4 +1,4 @@
-"""What the loop carries and what it returns."""
+"""State of the loop, and its result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from djax.parts.transforms import Identity
 
 
 class StopReason(enum.IntEnum):
-    """Why a row stopped."""
+    """Reason why a row stopped."""
 
     LENGTH = 0
     """Every open position was decoded."""
@@ -54,7 +54,7 @@ class Parts:
     stop_rule: StopRule = Never()
     """In a recipe it stops rows besides the call's EOS ids."""
     mask_token: Literal["forbid", "refuse"] = struct.field(pytree_node=False, default="forbid")
-    """How a call deals with the mask id: "forbid" drops it before the argmax; "refuse" lets it win and then commits
+    """Treatment of the mask id: "forbid" drops it before the argmax; "refuse" lets it win and then commits
     nothing there, as dInfer's code does (a block whose remaining positions all predict it ends with "max_steps")."""
 
     def __post_init__(self) -> None:
@@ -113,13 +113,13 @@ class Result:
     steps: Int[Array, " B"]
     """Denoising steps of the row."""
     refreshes: Int[Array, " B"]
-    """How many of the steps recomputed the whole canvas."""
+    """Steps that recomputed the whole canvas."""
     stop_reason: Int[Array, " B"]
     """A `StopReason` per row, or from 4 on one of the stop rule's own (`stop_reasons`)."""
 
 
 class Progress(NamedTuple):
-    """What the host sees of a state between two stretches: whole on every device, and the state's own no longer."""
+    """The host's view of a state between two stretches: whole on every device, in buffers of its own."""
 
     result: Result
     """Of a state that may not be finished."""

@@ -24,13 +24,13 @@ from djax.contracts.types import (
     Noise,
     Params,
     PartState,
-    Plan,
     Positions,
     Reading,
     ReadingDenoiser,
     ReadingPropose,
     ReadingTransform,
     StepInfo,
+    Window,
 )
 from djax.loop.state import DenoiseState, Parts, StopReason, stop_reasons
 
@@ -38,8 +38,8 @@ HEAD_CHUNK = 128
 """Positions whose logits are held at once when smoothing needs the logits of a longer window."""
 
 
-class Outlook(NamedTuple):
-    """What a forward says about the block."""
+class HeadOutput(NamedTuple):
+    """A forward's answer about the block."""
 
     candidates: Candidates
     transform: PartState
@@ -57,48 +57,51 @@ def denoising_step(
     """One forward and one decision, for every row that has something to do in the current block.
 
     `width` is T or the cache policy's window: how many positions the forward computes. It has to be T where
-    the policy's plan asks for a refresh.
+    the policy asks for a refresh.
     """
     state, info, active = enter_block(canvas, parts, state)
-    plan = parts.cache_policy.plan(info, canvas.length, canvas.block_length)
-    start = jnp.clip(plan.start, 0, canvas.length - width)
+    window = parts.cache_policy.window(info, canvas.length, canvas.block_length)
+    start = jnp.clip(window.start, 0, canvas.length - width)
     hidden, cache, recomputed = _forward(
-        denoiser, params, canvas, positions, state, plan, active, start=start, width=width)
-    keys = jax.vmap(lambda key, step: jax.random.split(jax.random.fold_in(key, step), 2))(state.row_keys, info.step)
-    look = read_logits if not all(map(answers.reads, (denoiser, parts.transform, parts.propose))) else read_head
-    outlook = look(
+        denoiser, params, canvas, positions, state, window, active, start=start, width=width)
+    keys = jax.vmap(lambda key, step: jax.random.split(jax.random.fold_in(key, step), 2))(state.row_keys, info.row_step)
+    needs_logits = any(map(answers.needs_logits, (denoiser, parts.transform, parts.propose)))
+    output = (candidates_from_logits if needs_logits else candidates_from_reading)(
         denoiser, params, parts, hidden, state, info, keys[:, 0], offset=info.block_start - start,
         block_length=canvas.block_length)
     counted = active.astype(jnp.int32)
     state = dataclasses.replace(
         state, cache=cache, step=state.step + counted, nfe=state.nfe + counted * denoiser.forwards,
-        refreshes=state.refreshes + (active & plan.refresh).astype(jnp.int32), step_in_block=state.step_in_block + 1,
-        iterations=state.iterations + 1, transform=outlook.transform)
-    nan = active & outlook.is_nan
+        refreshes=state.refreshes + (active & window.refresh).astype(jnp.int32), step_in_block=state.step_in_block + 1,
+        iterations=state.iterations + 1, transform=output.transform)
+    nan = active & output.is_nan
     state = dataclasses.replace(
         state, done=state.done | nan, stop_reason=jnp.where(nan, StopReason.NAN, state.stop_reason))
-    state = _decide(canvas, parts, state, info, outlook.candidates, keys[:, 1], active & ~nan)
+    state = _decide(canvas, parts, state, info, output.candidates, keys[:, 1], active & ~nan)
     state = _stop(canvas, parts, state, info, active & ~nan)
-    if state.inputs is not None and outlook.expected is not None:
+    if state.inputs is not None and output.expected is not None:
         # what is recomputed lies in the window
         tokens, is_masked, old, renew = (
             _columns(array, start, width)
             for array in (state.tokens, state.is_masked, state.inputs, recomputed & active[:, None]))
-        mixed = parts.smoothing.step(denoiser.embed(params, tokens), outlook.expected, is_masked, info)
+        mixed = parts.smoothing.step(denoiser.embed(params, tokens), output.expected, is_masked, info)
         new = jnp.where(renew[..., None], mixed, old).astype(old.dtype)
         state = dataclasses.replace(state, inputs=lax.dynamic_update_slice_in_dim(state.inputs, new, start, axis=1))
     return state
 
 
 def work_left(canvas: Canvas, state: DenoiseState) -> Bool[Array, "B N"]:
-    """Which blocks have something left to decode, in rows that are not done."""
+    """Blocks that have something left to decode, in rows that are not done."""
     return canvas.open_per_block(state.is_masked & ~state.done[:, None]) > 0
 
 
 def enter_block(
     canvas: Canvas, parts: Parts, state: DenoiseState
 ) -> tuple[DenoiseState, StepInfo, Bool[Array, " B"]]:
-    """Find the first block with work left; on a new one reset the parts' states. Also: the rows at work."""
+    """Find the first block with work left; on a new one reset the parts' states.
+
+    Returns the state, where it stands, and which rows are active.
+    """
     length = canvas.block_length
     work = work_left(canvas, state)
     block = lax.argmax(canvas.any_row(work), 0, jnp.int32)
@@ -107,23 +110,23 @@ def enter_block(
     transform, strategy = jax.tree.map(
         lambda new, old: jnp.where(entered, new, old), fresh, (state.transform, state.strategy))
     state = dataclasses.replace(
-        state, transform=transform, strategy=strategy, block=block, 
+        state, transform=transform, strategy=strategy, block=block,
         blocks_entered=state.blocks_entered + entered.astype(jnp.int32),
         step_in_block=jnp.where(entered, 0, state.step_in_block))
     start = canvas.first_block + block * length
     info = StepInfo(
-        step=state.step, step_in_block=state.step_in_block, block=state.blocks_entered - 1, block_start=start,
+        row_step=state.step, step_in_block=state.step_in_block, block=state.blocks_entered - 1, block_start=start,
         is_open=_columns(canvas.is_masked, start, length))
     return state, info, work[:, block]
 
 
 def _forward(
-    denoiser: Denoiser, params: Params, canvas: Canvas, positions: Positions, state: DenoiseState, plan: Plan,
+    denoiser: Denoiser, params: Params, canvas: Canvas, positions: Positions, state: DenoiseState, window: Window,
     active: Bool[Array, " B"], *, start: Int[Array, ""], width: int,
 ) -> tuple[Hidden, Cache | None, Bool[Array, "B T"]]:
     """The window's hidden states, the cache, and which positions were recomputed."""
     column = jnp.arange(canvas.length, dtype=jnp.int32)[None]
-    recomputed = canvas.valid & (plan.refresh | ((column >= plan.start) & (column < plan.end)))
+    recomputed = canvas.valid & (window.refresh | ((column >= window.start) & (column < window.end)))
     inputs = (denoiser.embed(params, _columns(state.tokens, start, width)) if state.inputs is None
               else _columns(state.inputs, start, width))
     hidden, cache = denoiser.apply(
@@ -133,22 +136,22 @@ def _forward(
     return hidden, cache, recomputed
 
 
-def read_head(
+def candidates_from_reading(
     denoiser: Denoiser, params: Params, parts: Parts, hidden: Hidden, state: DenoiseState, info: StepInfo,
     keys: Key[Array, " B"], *, offset: Int[Array, ""], block_length: int,
-) -> Outlook:
-    """What a head that is asked for a reading says; the block is at `offset` in the window."""
+) -> HeadOutput:
+    """Candidates from a reading of the head; the block is at `offset` in the window."""
     transform, propose = cast(ReadingTransform, parts.transform), cast(ReadingPropose, parts.propose)
     tokens, is_masked = (_columns(array, info.block_start, block_length) for array in (state.tokens, state.is_masked))
-    asked = answers.asks(transform, state.transform)
+    asked = answers.wanted_ids(transform, state.transform)
     ids = tokens[..., None] if asked is None else jnp.concatenate([tokens[..., None], asked], axis=-1)
     query = HeadQuery(ids=ids, forbidden=answers.forbidden(transform), noise=propose.noise(keys, block_length))
     reading, expected = _read(
         cast(ReadingDenoiser, denoiser), params, hidden, query, offset=offset, block_length=block_length,
         soft=parts.smoothing.soft)
     is_nan = jnp.isnan(reading.log_total).any(-1)
-    reading, after = transform.adjust(reading, is_masked, state.transform)
-    return Outlook(propose.read(reading, tokens), after, is_nan, expected)
+    reading, after = transform.step_reading(reading, is_masked, state.transform)
+    return HeadOutput(propose.read(reading, tokens), after, is_nan, expected)
 
 
 def _read(
@@ -175,17 +178,17 @@ def _read(
     return Reading(**narrow, temperature=reading.temperature), expected
 
 
-def read_logits(
+def candidates_from_logits(
     denoiser: Denoiser, params: Params, parts: Parts, hidden: Hidden, state: DenoiseState, info: StepInfo,
     keys: Key[Array, " B"], *, offset: Int[Array, ""], block_length: int,
-) -> Outlook:
-    """The same from all logits of the block: what any denoiser, transform and proposal can do."""
+) -> HeadOutput:
+    """Candidates from all logits of the block: what any denoiser, transform and proposal can do."""
     tokens, is_masked = (_columns(array, info.block_start, block_length) for array in (state.tokens, state.is_masked))
     logits, expected = _logits(
         denoiser, params, hidden, offset=offset, block_length=block_length, soft=parts.smoothing.soft)
     is_nan = jnp.isnan(logits).any((1, 2))
     logits, after = parts.transform.step(logits, is_masked, state.transform)
-    return Outlook(parts.propose.step(keys, logits, tokens), after, is_nan, expected)
+    return HeadOutput(parts.propose.step(keys, logits, tokens), after, is_nan, expected)
 
 
 def _logits(
@@ -230,7 +233,7 @@ def _decide(
         state, strategy=strategy,
         tokens=put(state.tokens, candidates.token, canvas.mask_id),
         is_masked=put(state.is_masked, jnp.zeros_like(commit), True),
-        commit_step=put(state.commit_step, jnp.broadcast_to(info.step[:, None], commit.shape), -1),
+        commit_step=put(state.commit_step, jnp.broadcast_to(info.row_step[:, None], commit.shape), -1),
         log_prob=put(state.log_prob, candidates.log_prob, 0.0))
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from djax.contracts.ambient import without_mesh
-from djax.devices.parallel import WHOLE, Parallel
+from djax.devices.parallel import UNSPLIT, Parallel
 from djax.models.config import ModelConfig
 from djax.models.families import family_of
 from djax.models.layers.kernels import Kernels
@@ -31,7 +31,7 @@ def _own_abstract(config: ModelConfig, kernels: Kernels, parallel: Parallel) -> 
 
 
 @without_mesh()
-def build(config: ModelConfig, *, kernels: Kernels = Kernels(), parallel: Parallel = WHOLE) -> Transformer:
+def build(config: ModelConfig, *, kernels: Kernels = Kernels(), parallel: Parallel = UNSPLIT) -> Transformer:
     """The model with `jax.ShapeDtypeStruct` in place of every parameter.
 
     `nnx.split(build(config))` gives the graphdef that `ModelDenoiser` holds and the tree that a loader fills. With
@@ -47,7 +47,7 @@ def build(config: ModelConfig, *, kernels: Kernels = Kernels(), parallel: Parall
 @without_mesh()
 def abstract_params(config: ModelConfig) -> nnx.State:
     """The parameters' tree with a `jax.ShapeDtypeStruct` at every leaf; a tree of its own at every call."""
-    return _own_abstract(config, Kernels(), WHOLE)[1]
+    return _own_abstract(config, Kernels(), UNSPLIT)[1]
 
 
 def logical_axes(config: ModelConfig) -> dict[Any, Any]:
@@ -75,4 +75,4 @@ def init_params(
         ValueError: no model for this kind of configuration.
     """
     return nnx.split(
-        Transformer(config, family_of(config), rngs=nnx.Rngs(params=key), kernels=kernels, parallel=WHOLE))
+        Transformer(config, family_of(config), rngs=nnx.Rngs(params=key), kernels=kernels, parallel=UNSPLIT))

@@ -104,11 +104,11 @@ class Llada2MoeConfig(ModelConfig):
     """LLaDA2.0 (and 2.1), mini and flash: causal over blocks, bidirectional inside one; experts behind dense layers."""
 
     num_dense_layers: int
-    """How many layers from the first on have one dense SwiGLU block in place of experts."""
+    """Number of leading layers with one dense SwiGLU block in place of experts."""
     dense_size: int
     """Its width."""
     rotary_dim: int
-    """How many numbers of a head, from the first on, are rotated by its position."""
+    """Number of leading components of a head that are rotated by its position."""
     num_experts: int
     experts_per_token: int
     expert_size: int
@@ -117,9 +117,9 @@ class Llada2MoeConfig(ModelConfig):
     num_groups: int
     """Groups of equal size that the router's experts are in."""
     groups_per_token: int
-    """How many groups a position's experts may come from."""
+    """Number of groups that a position's experts may come from."""
     routed_scaling_factor: float
-    """What the weights of a position's experts sum to."""
+    """Sum of the weights of a position's experts."""
     block_length: int = LLADA2_BLOCK_LENGTH
     """Positions of an attention block: each sees its own block and all before it. Blocks are counted from a row's
     first real token, prompt included."""

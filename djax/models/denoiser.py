@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -33,7 +33,7 @@ class ModelDenoiser:
         """Input embeddings of tokens."""
         return self._model(params).embed_tokens(tokens)
 
-    def place(self, params: Params, positions: Int[Array, "B T"]) -> Positions:
+    def prepare_positions(self, params: Params, positions: Int[Array, "B T"]) -> Positions:
         """The rotation of every position, the same in all layers and forwards."""
         return self._model(params).rotation(positions)
 
@@ -66,15 +66,12 @@ class ModelDenoiser:
         """`softmax(logits) @ W_embed`, the softmax in float32."""
         return self._model(params).expected_embedding(logits)
 
-    @property
-    def reads(self) -> bool:
-        """True."""
-        return True
+    needs_logits: ClassVar[bool] = False
 
     def read(
         self, params: Params, hidden: Hidden, query: HeadQuery, *, expected: bool
     ) -> tuple[Reading, Float[Array, "B L D"] | None]:
-        """What a query asks of the logits; see `djax.contracts.types.ReadingDenoiser.read`."""
+        """Answer a query about the logits; see `djax.contracts.types.ReadingDenoiser.read`."""
         model = self._model(params)
         return model.read(model.finish(hidden), query, expected=expected)
 
@@ -110,9 +107,9 @@ class Guided:
         """Input embeddings of tokens."""
         return self.denoiser.embed(params, tokens)
 
-    def place(self, params: Params, positions: Int[Array, "B T"]) -> Positions:
+    def prepare_positions(self, params: Params, positions: Int[Array, "B T"]) -> Positions:
         """Both forwards see the same positions."""
-        return self.denoiser.place(params, positions)
+        return self.denoiser.prepare_positions(params, positions)
 
     def apply(
         self,

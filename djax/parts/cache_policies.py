@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from djax.contracts import answers, struct
-from djax.contracts.types import CachePolicy, Plan, StepInfo
+from djax.contracts.types import CachePolicy, StepInfo, Window
 from djax.errors import ArgumentError, check_integer
 
 __all__ = ["BlockCausal", "Dual", "NoCache", "Periodic", "Prefix", "Vicinity", "WithWarmup"]
@@ -29,9 +29,9 @@ class NoCache:
         """None: no cache is kept."""
         return None
 
-    def plan(self, info: StepInfo, canvas_length: int, block_length: int) -> Plan:
-        """Everything, always."""
-        return Plan(refresh=jnp.bool_(True), start=jnp.int32(0), end=jnp.int32(canvas_length))
+    def window(self, info: StepInfo, canvas_length: int, block_length: int) -> Window:
+        """Recompute everything, always."""
+        return Window(refresh=jnp.bool_(True), start=jnp.int32(0), end=jnp.int32(canvas_length))
 
 
 @struct.dataclass
@@ -44,9 +44,9 @@ class Prefix:
         """Everything from block 0 on: a static width has to hold the longest rest."""
         return canvas_length - first_block
 
-    def plan(self, info: StepInfo, canvas_length: int, block_length: int) -> Plan:
+    def window(self, info: StepInfo, canvas_length: int, block_length: int) -> Window:
         """The block and what follows; all on entering a block."""
-        return Plan(refresh=info.step_in_block == 0, start=info.block_start, end=jnp.int32(canvas_length))
+        return Window(refresh=info.step_in_block == 0, start=info.block_start, end=jnp.int32(canvas_length))
 
 
 @struct.dataclass
@@ -59,9 +59,9 @@ class Dual:
         """L."""
         return block_length
 
-    def plan(self, info: StepInfo, canvas_length: int, block_length: int) -> Plan:
+    def window(self, info: StepInfo, canvas_length: int, block_length: int) -> Window:
         """The block; all on entering it."""
-        return Plan(refresh=info.step_in_block == 0, start=info.block_start, end=info.block_start + block_length)
+        return Window(refresh=info.step_in_block == 0, start=info.block_start, end=info.block_start + block_length)
 
 
 @struct.dataclass
@@ -84,9 +84,9 @@ class Vicinity:
         """before + L + after, at most the canvas."""
         return min(self.before + block_length + self.after, canvas_length)
 
-    def plan(self, info: StepInfo, canvas_length: int, block_length: int) -> Plan:
+    def window(self, info: StepInfo, canvas_length: int, block_length: int) -> Window:
         """The block with its neighbours; all on entering it."""
-        return Plan(refresh=info.step_in_block == 0, start=jnp.maximum(info.block_start - self.before, 0),
+        return Window(refresh=info.step_in_block == 0, start=jnp.maximum(info.block_start - self.before, 0),
                     end=jnp.minimum(info.block_start + block_length + self.after, canvas_length))
 
 
@@ -123,9 +123,9 @@ class BlockCausal:
         """2 L, at most the canvas."""
         return min(2 * block_length, canvas_length)
 
-    def plan(self, info: StepInfo, canvas_length: int, block_length: int) -> Plan:
+    def window(self, info: StepInfo, canvas_length: int, block_length: int) -> Window:
         """The block and the one before it; all at the very first step."""
-        return Plan(refresh=(info.block == 0) & (info.step_in_block == 0),
+        return Window(refresh=(info.block == 0) & (info.step_in_block == 0),
                     start=jnp.maximum(info.block_start - block_length, 0), end=info.block_start + block_length)
 
 
@@ -142,18 +142,18 @@ class Periodic:
         check_integer("every", self.every, 1)
 
     def check_model(self, **facts: Any) -> None:
-        """As the inner policy."""
+        """The inner policy's."""
         answers.check_model(self.policy, **facts)
 
     def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
-        """As the inner policy."""
+        """The inner policy's."""
         return self.policy.window_length(canvas_length, first_block, block_length)
 
-    def plan(self, info: StepInfo, canvas_length: int, block_length: int) -> Plan:
+    def window(self, info: StepInfo, canvas_length: int, block_length: int) -> Window:
         """The inner plan, refreshed periodically."""
-        plan = self.policy.plan(info, canvas_length, block_length)
+        window = self.policy.window(info, canvas_length, block_length)
         due = info.step_in_block % jnp.maximum(jnp.asarray(self.every, jnp.int32), 1) == 0
-        return dataclasses.replace(plan, refresh=plan.refresh | due)
+        return dataclasses.replace(window, refresh=window.refresh | due)
 
 
 @struct.dataclass
@@ -170,20 +170,20 @@ class WithWarmup:
         check_integer("steps", self.steps)
 
     def check_model(self, **facts: Any) -> None:
-        """As the inner policy."""
+        """The inner policy's."""
         answers.check_model(self.policy, **facts)
 
     @property
     def exact(self) -> bool:
-        """As the inner policy."""
+        """The inner policy's."""
         return self.policy.exact
 
     def window_length(self, canvas_length: int, first_block: int, block_length: int) -> int | None:
-        """As the inner policy."""
+        """The inner policy's."""
         return self.policy.window_length(canvas_length, first_block, block_length)
 
-    def plan(self, info: StepInfo, canvas_length: int, block_length: int) -> Plan:
+    def window(self, info: StepInfo, canvas_length: int, block_length: int) -> Window:
         """The inner plan, refreshed while block 0 warms up."""
-        plan = self.policy.plan(info, canvas_length, block_length)
+        window = self.policy.window(info, canvas_length, block_length)
         warming = (info.block == 0) & (info.step_in_block <= self.steps)
-        return dataclasses.replace(plan, refresh=plan.refresh | warming)
+        return dataclasses.replace(window, refresh=window.refresh | warming)

@@ -24,7 +24,7 @@ LARGEST_TEMPERATURE = 2.0**100
 class Greedy:
     """The most probable token; the lowest id among equals."""
 
-    reads: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
     distribution_changes: ClassVar[tuple[Any, ...]] = ()
 
     def step(self, keys: Key[Array, " B"], logits: Logits, tokens: Int[Array, "B L"]) -> Candidates:
@@ -36,7 +36,7 @@ class Greedy:
         return None
 
     def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
-        """The same from a reading."""
+        """Candidates from a reading."""
         return _candidates(reading, tokens)
 
 
@@ -64,9 +64,9 @@ class Sample:
         check_choice("confidence", self.confidence, ("model", "drawn"))
 
     @property
-    def reads(self) -> bool:
-        """Whether nothing looks at all of the vocabulary."""
-        return not self.filters
+    def needs_logits(self) -> bool:
+        """Whether it has filters, which look at all of the vocabulary."""
+        return bool(self.filters)
 
     @property
     def distribution_changes(self) -> tuple[Any, ...]:
@@ -90,7 +90,7 @@ class Sample:
         return Noise(temperature=jnp.asarray(self.temperature, jnp.float32), keys=words)
 
     def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
-        """The same from a reading."""
+        """Candidates from a reading."""
         candidates = _candidates(reading, tokens)
         if self.confidence == "model":
             return candidates
@@ -112,9 +112,9 @@ class RefuseToken:
         check_integer("token_id", self.token_id)
 
     @property
-    def reads(self) -> bool:
+    def needs_logits(self) -> bool:
         """Whether the inner one does."""
-        return answers.reads(self.propose)
+        return answers.needs_logits(self.propose)
 
     @property
     def distribution_changes(self) -> tuple[Any, ...]:
@@ -134,7 +134,7 @@ class RefuseToken:
         return self.propose.noise(keys, block_length)  # type: ignore[attr-defined]
 
     def read(self, reading: Reading, tokens: Int[Array, "B L"]) -> Candidates:
-        """The same from a reading."""
+        """Candidates from a reading."""
         return self._refuse(self.propose.read(reading, tokens))  # type: ignore[attr-defined]
 
     def _refuse(self, candidates: Candidates) -> Candidates:

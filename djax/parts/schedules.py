@@ -14,7 +14,7 @@ from djax.errors import check_number
 
 @struct.dataclass
 class Constant:
-    """The same value at every step."""
+    """A value that stays the same at every step."""
 
     value: float | Float[Array, ""]
 

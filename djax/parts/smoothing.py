@@ -1,4 +1,4 @@
-"""What masked positions feed the next forward: the mask token, or a mixture of guesses."""
+"""Inputs of masked positions in the next forward: the mask token, or a mixture of guesses."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ class SoftTokens:
         info: StepInfo,
     ) -> Float[Array, "B W D"]:
         """The tokens' embeddings, with the weighted expectation added on masked positions."""
-        weight = jnp.where(is_masked, self.weight(info.step)[:, None], 0.0)[..., None]
+        weight = jnp.where(is_masked, self.weight(info.row_step)[:, None], 0.0)[..., None]
         return (embedded + weight * expected.astype(jnp.float32)).astype(embedded.dtype)

@@ -78,7 +78,7 @@ class AnyOf:
     def step(
         self, tokens: Int[Array, "B T"], is_open: Bool[Array, "B T"], is_masked: Bool[Array, "B T"], info: StepInfo
     ) -> Int[Array, " B"]:
-        """Which of the reasons, from 1; 0 for rows that go on."""
+        """Number of the reason, from 1; 0 for rows that go on."""
         why, before = jnp.zeros(tokens.shape[0], jnp.int32), 0
         for rule in self.rules:
             own = jnp.asarray(rule.step(tokens, is_open, is_masked, info), jnp.int32)

@@ -79,12 +79,12 @@ class Loop:
     """Likewise."""
 
     def pass_collectives(self) -> tuple[Collective, ...]:
-        """Those of one pass, with those of loops inside as often as they run (once if nobody knows)."""
+        """Collectives of one pass; inner loops count once per trip (once if the trip count is unknown)."""
         return (*self.collectives,
                 *(one for loop in self.inner for one in loop.pass_collectives() * (loop.trips or 1)))
 
     def pass_kernels(self) -> tuple[Kernel, ...]:
-        """Likewise for kernels."""
+        """Kernels of one pass, counted in the same way."""
         return (*self.kernels, *(one for loop in self.inner for one in loop.pass_kernels() * (loop.trips or 1)))
 
 
@@ -144,7 +144,7 @@ def count(collectives: Sequence[Collective]) -> dict[str, Any]:
 
 
 def kernel_names(kernels: Sequence[Kernel]) -> dict[str, int]:
-    """How often each kernel is called."""
+    """Calls of each kernel."""
     return dict(Counter(kernel.name for kernel in kernels))
 
 

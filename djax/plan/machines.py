@@ -1,4 +1,4 @@
-"""What machines can do at most: memory, rates and links of a device, as data with their sources.
+"""Limits of machines: memory, rates and links of a device, as data with their sources.
 
 A device is what JAX calls one: half a chip of a TPU v4 or 7x. These are peaks from data sheets, not measurements; the
 latencies of collectives are assumptions, and said to be so.
@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Link:
-    """How devices reach each other, up to a number of them."""
+    """A link between devices, up to a number of them."""
 
     devices: int | None
     """At most so many devices in one group; None is any number."""
@@ -42,15 +42,15 @@ class Machine:
 
     name: str
     memory_bytes: float
-    """What a program may use."""
+    """Bytes that a program may use."""
     bytes_per_second: float
-    """Of device memory."""
+    """Of the device's memory."""
     flops_per_second: float
     """Dense bfloat16 products, accumulated in float32."""
     links: tuple[Link, ...]
     """From the fastest; the first that is wide enough counts."""
     vector_memory_bytes: int | None
-    """Of a TPU's core; None of a GPU."""
+    """VMEM of a TPU's core; None for a GPU."""
     source: str
 
     def exchange_seconds(self, kind: str, nbytes: float, group: int) -> float:

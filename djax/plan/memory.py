@@ -7,7 +7,7 @@ import dataclasses
 from djax.errors import check_integer
 from djax.models.config import ModelConfig
 from djax.models.families import family_of
-from djax.plan.roofline import WHOLE, Split
+from djax.plan.roofline import UNSPLIT, Split
 from djax.recipes import Recipe
 
 
@@ -31,7 +31,7 @@ class DeviceMemory:
 
 def estimate_device_memory(
     config: ModelConfig, *, batch: int, canvas_length: int, block_length: int, recipe: Recipe, parameter_bytes: int,
-    split: Split = WHOLE, vector_memory_bytes: int | None = None,
+    split: Split = UNSPLIT, vector_memory_bytes: int | None = None,
 ) -> DeviceMemory:
     """Estimate for one device of a mesh, by the largest moment of a full forward: its experts.
 

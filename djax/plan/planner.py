@@ -1,4 +1,4 @@
-"""What a machine would give: the generation's program compiled for hardware that need not be here, and a roofline.
+"""A plan of a machine: the generation's program compiled for hardware that need not be here, and a roofline.
 
 Memory is exact for parameters and cache, estimated from shapes for the rest, and beside it stands what the compiler
 says. Collectives and kernels are read from the compiled program. Times are the roofline's: peaks of data sheets, no
@@ -49,13 +49,13 @@ class StepPlan:
     """That it computes, in all."""
     flops: float
     bytes: float
-    """Of device memory."""
+    """Of the device's memory."""
     compute_seconds: float
     exchange_seconds: float
     collectives: Mapping[str, Any] | None = None
     """By kind: count, bytes and the largest; None if nothing was compiled."""
     layer_collectives: Mapping[str, Any] | None = None
-    """Those of one layer that is not the last."""
+    """Collectives of one layer that is not the last."""
     kernels: Mapping[str, int] | None = None
     """Pallas kernels that it calls, and how often."""
 
@@ -67,7 +67,7 @@ class StepPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a machine would give."""
+    """The plan of one machine."""
 
     model: str
     topology: str
@@ -79,10 +79,10 @@ class Plan:
     canvas_length: int
     """Prompt and new tokens, rounded up to the program's."""
     device_memory: int
-    """What a program may use of a device's."""
+    """Bytes of a device that a program may use."""
     estimate: DeviceMemory
     compiled: DeviceMemory | None
-    """As the compiler has it; None if nothing was compiled."""
+    """The compiler's own figure; None if nothing was compiled."""
     compile_seconds: float | None
     steps: Mapping[str, StepPlan]
     """"refresh", a full forward, and with a cache "window"."""
@@ -91,9 +91,9 @@ class Plan:
     forwards: int
     tokens_per_forward: float
     tokens_per_second: float
-    """Of all rows, at the roofline."""
+    """Tokens a second of all rows, at the roofline."""
     compiler_flops: float | None
-    """Of the compiler's own count, which has loop bodies once; None where it does not count."""
+    """FLOP by the compiler's own count, which has loop bodies once; None where it does not count."""
     compiler_bytes: float | None
 
     @property

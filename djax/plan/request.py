@@ -1,4 +1,4 @@
-"""What is planned, and whether and where it fits: all that needs shapes and a mesh, and no compiler."""
+"""The planned generation, and whether and where it fits: all that needs shapes and a mesh, and no compiler."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DoesNotFit(ArgumentError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """What is generated."""
+    """The generation to plan."""
 
     batch: int
     prompt_length: int
@@ -49,7 +49,7 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True)
 class OnMesh:
-    """What follows from a request and a mesh."""
+    """Consequences of a request on a mesh."""
 
     split: Split
     memory: DeviceMemory
@@ -59,7 +59,7 @@ class OnMesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked about, on whatever mesh."""
+    """The question, on whatever mesh."""
 
     name: str
     config: ModelConfig
@@ -97,7 +97,7 @@ class Request:
         return None if window == self.canvas.length else window
 
     def on(self, topology: str) -> Request:
-        """The same on other hardware."""
+        """Ask about other hardware."""
         return dataclasses.replace(self, topology=topology, machine=machine(topology))
 
     def sizes(self, mesh: str | Mapping[str, int]) -> dict[str, int]:
@@ -218,10 +218,10 @@ def count_steps(request: Request, tokens_per_forward: float) -> tuple[int, int]:
 
     def refreshes(block: Any, step: Any) -> Any:
         info = StepInfo(
-            step=jnp.full(canvas.batch, block * steps + step, jnp.int32), step_in_block=step, block=block,
+            row_step=jnp.full(canvas.batch, block * steps + step, jnp.int32), step_in_block=step, block=block,
             block_start=canvas.first_block + block * canvas.block_length,
             is_open=jnp.ones((canvas.batch, canvas.block_length), bool))
-        return policy.plan(info, canvas.length, canvas.block_length).refresh
+        return policy.window(info, canvas.length, canvas.block_length).refresh
 
     block, step = (jnp.asarray(grid.ravel(), jnp.int32) for grid in np.indices((blocks, steps)))
     full = int(jax.vmap(refreshes)(block, step).sum())
@@ -229,5 +229,5 @@ def count_steps(request: Request, tokens_per_forward: float) -> tuple[int, int]:
 
 
 def mesh_text(sizes: Mapping[str, int]) -> str:
-    """As `parse_mesh` reads it."""
+    """A mesh in the form that `parse_mesh` reads."""
     return ",".join(f"{name}={size}" for name, size in sizes.items())

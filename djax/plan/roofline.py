@@ -35,7 +35,7 @@ class Cost:
         return Cost(self.bytes * times, self.flops * times)
 
     def seconds(self, machine: Machine) -> float:
-        """What binds, memory or arithmetic, at the machine's peak."""
+        """The binding limit, memory or arithmetic, at the machine's peak."""
         return max(self.bytes / machine.bytes_per_second, self.flops / machine.flops_per_second)
 
 
@@ -61,7 +61,7 @@ class Split:
         return max(config.num_kv_heads // self.heads, 1)
 
 
-WHOLE = Split()
+UNSPLIT = Split()
 """One device."""
 
 
@@ -86,7 +86,7 @@ def experts_read(rows: float, *, num_experts: int, experts_per_token: int) -> fl
 
 def moe(
     config: ModelConfig, layer: FeedForward, rows: float, *, experts: float | None = None, weight_bytes: int = 2,
-    split: Split = WHOLE,
+    split: Split = UNSPLIT,
 ) -> Cost:
     """One layer's routed experts on `rows` tokens.
 
@@ -107,13 +107,13 @@ def moe(
                 flops=2 * 3 * width * model * rows * layer.experts_per_token / split.experts)
 
 
-def dense(config: ModelConfig, rows: float, width: int, *, split: Split = WHOLE) -> Cost:
+def dense(config: ModelConfig, rows: float, width: int, *, split: Split = UNSPLIT) -> Cost:
     """A SwiGLU block of a width that every row goes through."""
     weights = 3 * config.hidden_size * width / split.ffn
     return Cost(bytes=(weights + 2 * rows * config.hidden_size) * ACTIVATION_BYTES, flops=2 * rows * weights)
 
 
-def attention(config: ModelConfig, batch: float, window: float, context: int, *, split: Split = WHOLE) -> Cost:
+def attention(config: ModelConfig, batch: float, window: float, context: int, *, split: Split = UNSPLIT) -> Cost:
     """One layer's attention of a window to its canvas, without the projections."""
     heads = config.num_heads / split.heads
     keys = 2 * batch * context * split.kv_heads(config) * config.head_dim
@@ -122,7 +122,7 @@ def attention(config: ModelConfig, batch: float, window: float, context: int, *,
                 flops=4 * batch * heads * window * context * config.head_dim)
 
 
-def projections(config: ModelConfig, layer: FeedForward, rows: float, *, split: Split = WHOLE) -> Cost:
+def projections(config: ModelConfig, layer: FeedForward, rows: float, *, split: Split = UNSPLIT) -> Cost:
     """One layer's query, key, value and output projections and its router: their weights, and the cache's new rows."""
     query_width = config.num_heads * config.head_dim / split.heads
     kv_width = split.kv_heads(config) * config.head_dim
@@ -132,7 +132,7 @@ def projections(config: ModelConfig, layer: FeedForward, rows: float, *, split: 
 
 def unembed(
     config: ModelConfig, rows: float, *, logits_in_memory: bool = False, expected: bool = False,
-    split: Split = WHOLE,
+    split: Split = UNSPLIT,
 ) -> Cost:
     """The vocabulary head on `rows` positions and what a step reads of it (a few numbers a row).
 
@@ -152,7 +152,7 @@ def unembed(
 def forward_parts(
     config: ModelConfig, *, batch: float, window: int, context: int, head_rows: int,
     experts: float | None = None, weight_bytes: int = 2, logits_in_memory: bool = False, expected: bool = False,
-    split: Split = WHOLE,
+    split: Split = UNSPLIT,
 ) -> dict[str, Cost]:
     """A forward of `window` positions, by its parts, with the head on `head_rows` positions of each row.
 
@@ -227,20 +227,20 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of the whole forward."""
+        """Total over the whole forward."""
         return self.compute_seconds + self.exchange_seconds
 
     @property
     def cost(self) -> Cost:
-        """Of one device, all parts."""
+        """Total of one device, all parts."""
         return total(self.parts.values())
 
 
 def estimate_forward(
     config: ModelConfig, machine: Machine, *, batch: int, window: int, context: int, head_rows: int,
-    expected: bool = False, split: Split = WHOLE,
+    expected: bool = False, split: Split = UNSPLIT,
 ) -> Estimate:
-    """What a forward takes at best on `machine`s that hold their part each; arguments as in `forward_parts`."""
+    """Seconds of a forward at best on `machine`s that hold their part each; arguments as in `forward_parts`."""
     parts = forward_parts(config, batch=batch, window=window, context=context, head_rows=head_rows,
                           expected=expected, split=split)
     exchanges = forward_exchanges(config, batch=batch, window=window, context=context, head_rows=head_rows,
@@ -253,5 +253,5 @@ def estimate_forward(
 def tokens_per_second(
     refresh: float, window: float, *, block: int, tokens_per_forward: float, batch: int = 1
 ) -> float:
-    """Of a block that takes block / tokens_per_forward steps, the first of which is a full refresh."""
+    """Seconds of a block that takes block / tokens_per_forward steps, the first of which is a full refresh."""
     return batch * block / (refresh + (block / tokens_per_forward - 1) * window)

@@ -35,7 +35,7 @@ _NAME = re.compile(r"(?P<kind>[a-z0-9]+):(?P<shape>[1-9][0-9]*(x[1-9][0-9]*)*)")
 
 
 def missing_compiler(name: str) -> str | None:
-    """Why programs for this topology cannot be compiled here, or None if they can.
+    """The reason why programs for this topology cannot be compiled here, or None if they can.
 
     Raises:
         ValueError: not the name of a topology.

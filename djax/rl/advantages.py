@@ -14,7 +14,7 @@ SCALES: tuple[Scale, ...] = ("std", "none", "leave_one_out")
 def group_advantages(
     rewards: Float[Array, " B"], group_size: int, *, scale: Scale = "std", epsilon: float = 1e-6
 ) -> Float[Array, " B"]:
-    """How much better each row did than the other samples of its prompt.
+    """Advantage of each row over the other samples of its prompt.
 
     A reward that is not finite is left out of its group, and its row gets the advantage 0. So do all rows of a group
     whose finite rewards are equal, or of which at most one is finite: they say nothing about what is better.

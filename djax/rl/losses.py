@@ -32,10 +32,10 @@ TokenReduce = Literal["sequence", "batch"]
 
 @struct.dataclass
 class PolicyReport:
-    """What a policy loss consists of, float32 scalars."""
+    """Terms of a policy loss, float32 scalars."""
 
     loss: Float[Array, ""]
-    """What is minimised: -objective + beta * kl."""
+    """The minimised value: -objective + beta * kl."""
     objective: Float[Array, ""]
     """The clipped surrogate, as the loss weighs it."""
     kl: Float[Array, ""]
@@ -46,7 +46,7 @@ class PolicyReport:
     ratio: Float[Array, ""]
     """Mean of the counted ratios."""
     count: Float[Array, ""]
-    """How many ratios are counted: tokens or, in sequence-level losses, rows."""
+    """Number of ratios: tokens or, in sequence-level losses, rows."""
 
 
 def k3(log_probs: Float[Array, "*n"], reference: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -231,7 +231,7 @@ def espo_loss(
 
 
 def _token_weights(mask: Bool[Array, "B T"], reduce: str) -> Float[Array, "B T"]:
-    """What each token counts for; they sum to at most 1."""
+    """Weight of each token; they sum to at most 1."""
     if reduce == "sequence":
         return mask.astype(jnp.float32) / _at_least_one(mask.sum(axis=1, keepdims=True)) / mask.shape[0]
     if reduce == "batch":

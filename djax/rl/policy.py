@@ -117,9 +117,9 @@ class DiffusionTokenBatch:
     model_inputs: dict[str, Array]
     """`input_tokens` (masked), `positions` and `key_mask`, [B, T] each: what `diffusion_logits` takes."""
     target_ids: Int[Array, "B T"]
-    """What each position holds; there is no shift."""
+    """Token of each position; there is no shift."""
     loss_weights: Float[Array, "B T"]
-    """What each position counts."""
+    """Weight of each position."""
 
 
 def diffusion_token_batch(rollout: Rollout, states: MaskedStates) -> DiffusionTokenBatch:

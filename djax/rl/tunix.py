@@ -74,7 +74,7 @@ class TokenizerAdapter:
         return PAD_ID
 
     def eos_id(self) -> int:
-        """What ends an answer."""
+        """Token that ends an answer."""
         return self._eos_id
 
     def pad_id(self) -> int:
@@ -224,7 +224,7 @@ class DiffusionRollout(base_rollout.BaseRollout):
         return PAD_ID
 
     def eos_id(self) -> int:
-        """What ends an answer."""
+        """Token that ends an answer."""
         return self._lm.config.eos_id
 
     def model(self) -> DiffusionPolicy:
@@ -257,7 +257,7 @@ class TraceGRPOConfig(grpo_learner.GRPOConfig):
     exact: bool = True
     """Refuse rollouts that cannot be replayed; False takes the order of their commits, and scores what sampled anew."""
     weigh: str = "token"
-    """What counts alike in a row: each "token", or each "step" of the sampler."""
+    """Unit of equal weight in a row: each "token", or each "step" of the sampler."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -267,7 +267,7 @@ class TraceGRPOConfig(grpo_learner.GRPOConfig):
 
 @dataclasses.dataclass(frozen=True)
 class _Constants:
-    """What all rows of a rollout share: static, because Tunix cuts every array of an example by rows."""
+    """Facts that all rows of a rollout share: static, because Tunix cuts every array of an example by rows."""
 
     mask_id: int
     temperature: float

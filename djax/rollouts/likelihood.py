@@ -106,7 +106,7 @@ def _halves(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
 def _per_state(
     denoiser: Denoiser, params: Params, rollout: Rollout, states: MaskedStates, *, vocab_chunk: int
 ) -> Float[Array, "B n"]:
-    """What each state adds to the estimate."""
+    """Contribution of each state to the estimate."""
     return score(denoiser, params, rollout, states, vocab_chunk=vocab_chunk, reduce="none").sum(axis=-1)
 
 

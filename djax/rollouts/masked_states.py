@@ -22,7 +22,7 @@ COUPLED_RANGE = (0.2, 0.8)
 
 
 class _Draw(NamedTuple):
-    """Of a completion's tokens: which are masked, and what each counts."""
+    """Mask and weight of each completion token."""
 
     chosen: Bool[Array, "n T"]
     weights: Float[Array, "n T"]
@@ -32,7 +32,7 @@ class _Draw(NamedTuple):
 def trace_states(
     rollout: Rollout, *, shrink: int = 1, num_states: int | None = None, exact: bool = True
 ) -> MaskedStates:
-    """What the sampler saw at each of its steps: state s hides all that was not committed before step s.
+    """The sampler's view at each of its steps: state s hides all that was not committed before step s.
 
     Each token counts once, at the step that committed it, so `score(..., reduce="token")` is the sampler's own
     `log_prob` (TraceRL, arXiv 2509.06949; CJ-GRPO, arXiv 2509.23924). Tokens committed behind an EOS are among them: a

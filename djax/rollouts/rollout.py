@@ -250,7 +250,7 @@ def _sample(
 
 
 def _obstacles(parts: Parts, *, guided: bool) -> list[str]:
-    """Why the sampler's log-probs do not follow from the order of its commits."""
+    """The reasons why the sampler's log-probs do not follow from the order of its commits."""
     found = []
     if not parts.cache_policy.exact:
         found.append(f"cache policy {_name(parts.cache_policy)} approximates: it looks at stale keys and values")

@@ -143,7 +143,7 @@ def _asker(
     def by_position(rollout: Rollout, shown: Int[Array, "B T"]) -> Float[Array, "B O"]:
         first = rollout.first_block
         hidden, _ = other.apply(
-            params, other.embed(params, shown), positions=other.place(params, rollout.positions),
+            params, other.embed(params, shown), positions=other.prepare_positions(params, rollout.positions),
             key_mask=rollout.valid, window_start=jnp.int32(0), write=rollout.valid, cache=None)
         hidden = jax.tree.map(lambda leaf: leaf[:, first:], hidden)
         return _by_position(other, params, hidden, rollout.tokens[:, first:], rollout, temperature)

@@ -1,4 +1,4 @@
-"""What a policy-gradient loop holds: rollouts, and the masked states at which they are scored."""
+"""Data of a policy-gradient loop: rollouts, and the masked states at which they are scored."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Rollout:
     row_ids: Int[Array, " B"]
     """The identity of each row for random keys: what is drawn for a row stays the same when the rollout is cut."""
     mask_id: Int[Array, ""]
-    """What a masked position feeds the model."""
+    """Token that a masked position feeds the model."""
     temperature: Float[Array, ""]
     """At which tokens were drawn; 0 is greedy, whose log-probs are those at temperature 1."""
     forbidden: Forbidden
@@ -60,7 +60,7 @@ class Rollout:
     replayable: bool = struct.field(pytree_node=False, default=True)
     """Whether `score` at `trace_states` gives `log_prob` again."""
     not_replayable_because: str | None = struct.field(pytree_node=False, default=None)
-    """Which part of the sampler broke it."""
+    """The part of the sampler that broke it."""
 
     @property
     def batch(self) -> int:
@@ -109,7 +109,7 @@ class MaskedStates:
     masks: Bool[Array, "B n T"]
     """Positions shown as the mask id."""
     weights: Float[Array, "B n T"]
-    """What the log-prob of each position's token counts; positions before the rollout's first block are never read."""
+    """Weight of each position's log-prob; positions before the rollout's first block are never read."""
 
     @property
     def num_states(self) -> int:
@@ -117,5 +117,5 @@ class MaskedStates:
         return self.masks.shape[1]
 
     def take(self, rows: slice | Int[Array, " b"] | Int[np.ndarray, " b"]) -> MaskedStates:
-        """Those of some of the rows."""
+        """Keep some of the rows."""
         return MaskedStates(masks=self.masks[rows], weights=self.weights[rows])

@@ -1,4 +1,4 @@
-"""What a text task is: prompts drawn from a generator, and the one worked answer that each prompt has.
+"""Text tasks: prompts drawn from a generator, and the one worked answer that each prompt has.
 
 The answer is a function of the prompt, so "right" means equal text, and every step of it follows from the prompt and
 the steps beside it. Numbers are written so that each step keeps its shape when digits are tokens of their own.
@@ -78,7 +78,7 @@ class Task:
         return completion.strip() == self.example(prompt).answer
 
     def final(self, completion: str) -> str | None:
-        """What follows the last `MARKER`, white space around it dropped; None if there is none or nothing follows."""
+        """The text behind the last `MARKER`, white space around it dropped; None if nothing follows one."""
         _, marker, rest = completion.rpartition(MARKER)
         return (rest.strip() or None) if marker else None
 

@@ -34,7 +34,7 @@ class BlockBatch(Batch):
 
 
 def with_places(batches: Callable[[int], Batch]) -> Callable[[int], BlockBatch]:
-    """The same rows, with the places of what is learned; A is rounded up to a multiple of `BUCKET`."""
+    """Add the places of what is learned to rows; A is rounded up to a multiple of `BUCKET`."""
     def batch(update: int) -> BlockBatch:
         rows = batches(update)
         is_answer = np.asarray(rows.is_answer)
@@ -52,7 +52,7 @@ class Blocks:
     """A draw of blocks and noise for the answer tokens of each row."""
 
     number: Int[Array, "B A"]
-    """Which block a token is in, from 1."""
+    """Block of each token, from 1."""
     noise: Float[Array, "B A"]
     """Its block's noise level."""
     masked: Bool[Array, "B A"]
@@ -72,7 +72,7 @@ def draw_blocks(key: Key[Array, ""], is_token: Bool[Array, "B A"], *, longest: i
 
 
 def block_mask(valid: Bool[Array, "B T"], places: Int[Array, "B A"], number: Int[Array, "B A"]) -> Bool[Array, "B Q Q"]:
-    """Which of a row and its noised answer (Q = T + A, in this order) see which.
+    """Attention between a row and its noised answer (Q = T + A, in this order): True where a query sees a key.
 
     A token as it is sees what is not in a later block, itself as it is; the prompt is before all blocks. A noised one
     sees the row as it is before its block, and its block as noised.

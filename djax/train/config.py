@@ -29,12 +29,12 @@ _FALSE_IS_NONE = BeforeValidator(lambda value: None if value is False else value
 """TOML has no null."""
 _CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _OWN_OPTIONS = ("learning_rate", "weight_decay", "mask", "weight_decay_mask", "muon_weight_dimension_numbers")
-"""What no `optimizer.options` may hold: there is a field for it, or it follows from the model."""
+"""Names that no `optimizer.options` may hold: there is a field for each, or it follows from the model."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class ModelSection:
-    """Where the model comes from."""
+    """Source of the model."""
 
     source: Annotated[str | None, _FALSE_IS_NONE] = None
     """Checkpoint directory or hub id; without it the model bundled with djax."""
@@ -44,7 +44,7 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class DataSection:
-    """What is learned: a JSON Lines file, or built-in tasks."""
+    """Training data: a JSON Lines file, or built-in tasks."""
 
     path: Annotated[str | None, _FALSE_IS_NONE] = None
     """{"prompt", "answer"} or {"messages"} a line; relative to the configuration file."""
@@ -81,7 +81,7 @@ class OptimizerSection:
     decay_steps: Whole = 0
     """Last updates of a trapezoid, in which the rate falls."""
     weight_decay: Number = 0.0
-    """Of matrices only, and of optimizers that have one (adamw, lion, muon)."""
+    """Decay of matrices only, for optimizers that have one (adamw, lion, muon)."""
     clip_norm: Annotated[Number | None, _FALSE_IS_NONE] = 1.0
     """Global norm that gradients are clipped to; false for none."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -118,7 +118,7 @@ class TrainingSection:
     accumulate: Count = 1
     """Parts that a batch is cut into, one after the other, to save memory."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
-    """Of the noise, the data's order and fresh weights."""
+    """Seed of the noise, the data's order and fresh weights."""
     log_every: Count = 10
     """Updates between two lines of metrics."""
     save_every: Count = 500
@@ -144,7 +144,7 @@ class TrainingSection:
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class MeshSection:
-    """How many devices each axis has; their product is how many are used."""
+    """Number of devices of each axis; their product is the number used."""
 
     data: Count = 1
     """Devices over which a batch's rows are split."""
@@ -166,7 +166,7 @@ class TrainConfig:
     """Without it everything is on one device."""
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run has to share: all that decides the weights after a given update."""
+        """Fields that a resumed run has to share: all that decides the weights after a given update."""
         fields = dataclasses.asdict(self)
         del fields["mesh"]
         for name in ("output", "log_every", "save_every", "keep", "remat", "vocab_chunk"):

@@ -30,7 +30,7 @@ class Sample(NamedTuple):
 
     tokens: list[int]
     is_answer: list[bool]
-    """What is learned; the rest is given."""
+    """The learned part; the rest is given."""
     ends: bool = True
     """Whether EOS follows, which is learned too."""
 
@@ -133,7 +133,7 @@ def _pair_of(record: Any, tokenizer: Tokenizer) -> Pair:
 
 
 def tail_length(most: int, draw: float) -> int:
-    """How many EOS follow an answer, from a uniform draw: their number's logarithm is uniform, up to `most`."""
+    """Number of EOS behind an answer, from a uniform draw: its logarithm is uniform, up to `most`."""
     return int((most + 1) ** draw)
 
 

@@ -32,7 +32,7 @@ _SILENCE = 10.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long a run is and how often it speaks. Counts are updates."""
+    """Length of a run, and how often it reports. Counts are updates."""
 
     steps: int
     log_every: int = 10

@@ -36,7 +36,7 @@ class Batch:
 
 @struct.dataclass
 class LossWeights:
-    """What the router's losses count for."""
+    """Weights of the router's losses."""
 
     balance: float | Float[Array, ""] = 0.01
     router_z: float | Float[Array, ""] = 1e-3
@@ -44,10 +44,10 @@ class LossWeights:
 
 @struct.dataclass
 class Losses:
-    """What a step reports, float32 scalars."""
+    """Report of a step, float32 scalars."""
 
     total: Float[Array, ""]
-    """What is minimised."""
+    """The minimised value."""
     diffusion: Float[Array, ""]
     """Mean over rows of a row's bound on -log p(answer | prompt), divided by its answer's length: nats per token."""
     balance: Float[Array, ""]

@@ -104,7 +104,7 @@ def _on(mesh: Mesh | None, batches: Callable[[int], Batch]) -> Callable[[int], B
 
 
 def _announced(batches: Callable[[int], Batch], what: str) -> Callable[[int], Batch]:
-    """The same batches. With the first one the training begins, which is said where no progress bar shows it."""
+    """Pass the batches on. Training begins with the first, which is said where no progress bar shows it."""
     if sys.stderr.isatty():
         return batches
     begun = False

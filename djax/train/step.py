@@ -35,7 +35,7 @@ class TrainState:
 
 @struct.dataclass
 class Report:
-    """What a step tells, float32 scalars; the mean over its microbatches."""
+    """Report of a step, float32 scalars; the mean over its microbatches."""
 
     losses: Losses
     grad_norm: Float[Array, ""]

@@ -38,7 +38,7 @@ class TrajectoryBatch(Batch):
 def draw_states(
     key: Key[Array, ""], commit_step: Int[Array, "B T"], is_answer: Bool[Array, "B T"]
 ) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
-    """What is masked at a random state of each row, and what of it is known at a random later one.
+    """The positions masked at a random state of each row, and those of them known at a random later one.
 
     The earlier state is uniform over a row's steps, the later one uniform over what follows it, the end included.
     A row without steps has nothing to learn.

@@ -24,7 +24,7 @@ from convert.errors import (
 )
 from convert.families import llada2_moe
 from convert.hf_config import hf_fields, model_config
-from convert.mapping import Rule, Table, plan
+from convert.mapping import Rule, Table, fill
 from djax.devices.sharding import named_leaves
 from djax.models.config import LLADA2_MOE_MASK_ID, Llada2MoeConfig
 from tests.convert.test_mapping import Tensor
@@ -110,7 +110,7 @@ def test_any_json_gives_a_configuration_or_one_typed_error(changes: dict[str, An
 
 def test_every_element_is_used_once() -> None:
     used = {key: np.zeros(int(np.prod(tensor.shape)), int) for key, tensor in TENSORS.items()}
-    for name, pieces in plan(TABLE, TENSORS, LEAVES, source=Path("source")).items():
+    for name, pieces in fill(TABLE, TENSORS, LEAVES, source=Path("source")).items():
         for piece in pieces:
             size = int(np.prod(LEAVES[name] if piece.index is None else LEAVES[name][1:]))
             used[piece.key][piece.start:piece.start + size] += 1
@@ -123,7 +123,7 @@ def test_every_element_is_used_once() -> None:
 def test_a_missing_key_is_counted_once_and_named(dropped: str) -> None:
     kept = {key: tensor for key, tensor in TENSORS.items() if key != dropped}
     with pytest.raises(MissingKeyError, match="missing: 1 keys") as caught:
-        plan(TABLE, kept, LEAVES, source=Path("source"))
+        fill(TABLE, kept, LEAVES, source=Path("source"))
     assert caught.value.key == dropped
 
 
@@ -133,21 +133,21 @@ def test_a_missing_key_is_counted_once_and_named(dropped: str) -> None:
     "model.embed_tokens.weight"])
 def test_a_key_of_another_kind_of_layer_is_unexpected(extra: str) -> None:
     with pytest.raises(UnexpectedKeyError) as caught:
-        plan(TABLE, {**TENSORS, extra: Tensor((8, 64))}, LEAVES, source=Path("source"))
+        fill(TABLE, {**TENSORS, extra: Tensor((8, 64))}, LEAVES, source=Path("source"))
     assert caught.value.key == extra
 
 
 @pytest.mark.parametrize("shape", [(127, 64), (129, 64), (64, 64), (128, 63), (8, 16, 64)])
 def test_stacked_rows_must_be_those_of_all_heads(shape: tuple[int, ...]) -> None:
     with pytest.raises(TensorShapeError, match=r"the configuration says \(128, 64\)") as caught:
-        plan(TABLE, {**TENSORS, QKV: Tensor(shape)}, LEAVES, source=Path("source"))
+        fill(TABLE, {**TENSORS, QKV: Tensor(shape)}, LEAVES, source=Path("source"))
     assert caught.value.key == QKV
 
 
 def test_a_table_that_leaves_stacked_rows_unused_is_caught() -> None:
     table = Table(rules=(Rule(key="w", leaf="a", stacked=True), Rule(key="w", leaf="b")))
     with pytest.raises((TensorShapeError, MappingError)):
-        plan(table, {"w": Tensor((5, 2))}, {"a": (2, 2), "b": (3, 2)}, source=Path("source"))
+        fill(table, {"w": Tensor((5, 2))}, {"a": (2, 2), "b": (3, 2)}, source=Path("source"))
 
 
 # --- whole checkpoints ---

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from convert.errors import MappingError, MissingKeyError, TensorDtypeError, TensorShapeError, UnexpectedKeyError
 from convert.families import llada_moe
-from convert.mapping import Rule, Table, plan
+from convert.mapping import Rule, Table, fill
 from tests.support import builders
 
 TABLE = llada_moe.FAMILY.table
@@ -31,9 +31,9 @@ EXPERT_WISE = {key: Tensor(value.shape) for key, value in STORED.items()}
 FUSED = {key: Tensor(value.shape) for key, value in builders.fused(STORED).items()}
 
 
-def fill(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Carry out a plan with plain NumPy."""
-    mapped = plan(TABLE, {key: Tensor(value.shape) for key, value in stored.items()}, LEAVES, source=SOURCE)
+def filled_by(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Carry out a filling with plain NumPy."""
+    mapped = fill(TABLE, {key: Tensor(value.shape) for key, value in stored.items()}, LEAVES, source=SOURCE)
     result = {}
     for name, pieces in mapped.items():
         leaf = np.full(LEAVES[name], np.nan, np.float32)
@@ -47,7 +47,7 @@ def fill(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("layout", ["expert-wise", "fused"])
 def test_every_parameter_is_what_the_layout_says(layout: str) -> None:
-    filled = fill(STORED if layout == "expert-wise" else builders.fused(STORED))
+    filled = filled_by(STORED if layout == "expert-wise" else builders.fused(STORED))
     assert set(filled) == set(EXPECTED)
     for name, value in EXPECTED.items():
         np.testing.assert_array_equal(filled[name], value, err_msg=name)
@@ -56,7 +56,7 @@ def test_every_parameter_is_what_the_layout_says(layout: str) -> None:
 @pytest.mark.parametrize("tensors", [EXPERT_WISE, FUSED], ids=["expert-wise", "fused"])
 def test_every_element_is_used_once(tensors: dict[str, Tensor]) -> None:
     used = {key: np.zeros(int(np.prod(tensor.shape)), int) for key, tensor in tensors.items()}
-    for name, pieces in plan(TABLE, tensors, LEAVES, source=SOURCE).items():
+    for name, pieces in fill(TABLE, tensors, LEAVES, source=SOURCE).items():
         for piece in pieces:
             size = int(np.prod(LEAVES[name] if piece.index is None else LEAVES[name][1:]))
             used[piece.key][piece.start : piece.start + size] += 1
@@ -68,7 +68,7 @@ def test_every_element_is_used_once(tensors: dict[str, Tensor]) -> None:
 def test_missing_keys_are_counted_and_named(dropped: set[str]) -> None:
     kept = {key: tensor for key, tensor in EXPERT_WISE.items() if key not in dropped}
     with pytest.raises(MissingKeyError) as caught:
-        plan(TABLE, kept, LEAVES, source=SOURCE)
+        fill(TABLE, kept, LEAVES, source=SOURCE)
     assert caught.value.key in dropped
     assert caught.value.file == "directory"
     assert f"missing: {len(dropped)} keys" in str(caught.value)
@@ -77,7 +77,7 @@ def test_missing_keys_are_counted_and_named(dropped: set[str]) -> None:
 @pytest.mark.parametrize("key", ["model.layers.1.mlp.w1", "model.layers.0.mlp.w2"])
 def test_missing_fused_keys(key: str) -> None:
     with pytest.raises(MissingKeyError):
-        plan(TABLE, {name: tensor for name, tensor in FUSED.items() if name != key}, LEAVES, source=SOURCE)
+        fill(TABLE, {name: tensor for name, tensor in FUSED.items() if name != key}, LEAVES, source=SOURCE)
 
 
 @pytest.mark.parametrize("key", [
@@ -87,13 +87,13 @@ def test_missing_fused_keys(key: str) -> None:
     "model.embed_tokens.weight\n", "prefix.model.norm.weight"])
 def test_extra_keys_are_named(key: str) -> None:
     with pytest.raises(UnexpectedKeyError) as caught:
-        plan(TABLE, {**EXPERT_WISE, key: Tensor((1,), file=Path("other"))}, LEAVES, source=SOURCE)
+        fill(TABLE, {**EXPERT_WISE, key: Tensor((1,), file=Path("other"))}, LEAVES, source=SOURCE)
     assert (caught.value.key, caught.value.file) == (key, "other")
 
 
 def test_ignored_keys_are_not_extra() -> None:
     key = "model.layers.1.self_attn.rotary_emb.inv_freq"
-    assert plan(TABLE, {**EXPERT_WISE, key: Tensor((2,), "I64")}, LEAVES, source=SOURCE) == plan(
+    assert fill(TABLE, {**EXPERT_WISE, key: Tensor((2,), "I64")}, LEAVES, source=SOURCE) == fill(
         TABLE, EXPERT_WISE, LEAVES, source=SOURCE)
 
 
@@ -104,7 +104,7 @@ def test_a_wrong_shape_is_named(key: str, axis: int, by: int) -> None:
     shape = list(tensors[key].shape)
     shape[axis % len(shape)] += by
     with pytest.raises(TensorShapeError) as caught:
-        plan(TABLE, {**tensors, key: Tensor(tuple(shape))}, LEAVES, source=SOURCE)
+        fill(TABLE, {**tensors, key: Tensor(tuple(shape))}, LEAVES, source=SOURCE)
     assert (caught.value.key, caught.value.file) == (key, str(FILE))
 
 
@@ -112,33 +112,33 @@ def test_a_wrong_shape_is_named(key: str, axis: int, by: int) -> None:
 def test_the_right_number_of_elements_is_not_enough(shape: tuple[int, ...]) -> None:
     key = "model.layers.0.self_attn.o_proj.weight"
     with pytest.raises(TensorShapeError):
-        plan(TABLE, {**EXPERT_WISE, key: Tensor(shape)}, LEAVES, source=SOURCE)
+        fill(TABLE, {**EXPERT_WISE, key: Tensor(shape)}, LEAVES, source=SOURCE)
 
 
 @pytest.mark.parametrize("dtype", ["F64", "I8", "F8_E4M3", "BOOL", "U16"])
 def test_a_wrong_dtype_is_named(dtype: str) -> None:
     key = "model.layers.1.mlp.gate.weight"
     with pytest.raises(TensorDtypeError, match=dtype) as caught:
-        plan(TABLE, {**EXPERT_WISE, key: Tensor(EXPERT_WISE[key].shape, dtype)}, LEAVES, source=SOURCE)
+        fill(TABLE, {**EXPERT_WISE, key: Tensor(EXPERT_WISE[key].shape, dtype)}, LEAVES, source=SOURCE)
     assert (caught.value.key, caught.value.file) == (key, str(FILE))
 
 
 def test_both_layouts_at_once_fill_a_parameter_twice() -> None:
     with pytest.raises(MappingError, match="too"):
-        plan(TABLE, {**EXPERT_WISE, **FUSED}, LEAVES, source=SOURCE)
+        fill(TABLE, {**EXPERT_WISE, **FUSED}, LEAVES, source=SOURCE)
     mixed = {key: tensor for key, tensor in EXPERT_WISE.items() if ".layers.1.mlp.experts." not in key}
     mixed |= {key: tensor for key, tensor in FUSED.items() if ".layers.1.mlp.w" in key}
-    plan(TABLE, mixed, LEAVES, source=SOURCE)  # one layout per layer is exact, and so accepted
+    fill(TABLE, mixed, LEAVES, source=SOURCE)  # one layout per layer is exact, and so accepted
 
 
 def test_a_table_that_leaves_elements_unused_is_caught() -> None:
     table = Table(rules=(Rule(key="w1", leaf="gate", part=(0, 2)),))
     with pytest.raises(MappingError, match="12 of its 24"):
-        plan(table, {"w1": Tensor((2, 6, 2))}, {"gate": (2, 3, 2)}, source=SOURCE)
+        fill(table, {"w1": Tensor((2, 6, 2))}, {"gate": (2, 3, 2)}, source=SOURCE)
 
 
 def test_a_count_beyond_all_reason_costs_no_memory() -> None:
     leaves = {**LEAVES, **{f"layers.{layer}.moe.up": (4096, 8, 16) for layer in range(2)}}
     with pytest.raises((MissingKeyError, TensorShapeError)) as caught:
-        plan(TABLE, EXPERT_WISE, leaves, source=SOURCE)
+        fill(TABLE, EXPERT_WISE, leaves, source=SOURCE)
     assert len(str(caught.value)) < 1000

@@ -146,7 +146,7 @@ def test_credit_reads_what_it_computes_at_low_temperatures() -> None:
     class Logits(toy.ToyDenoiser):
         """Asked for logits, not for readings."""
 
-        reads = False
+        needs_logits = True
 
     jax.tree_util.register_pytree_node(Logits, lambda toy: ((toy.sharpness,), None), lambda _, leaves: Logits(*leaves))
     for temperature in (1e-30, 1e-3, 0.5):

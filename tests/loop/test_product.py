@@ -78,7 +78,7 @@ PROPOSALS: dict[str, tuple[Any, oracle.Propose]] = {
 AXES = (TRANSFORMS, STRATEGIES, CACHES, SMOOTHINGS, PROPOSALS)
 PRODUCT = list(itertools.product(*AXES))
 Case = tuple[str, ...]
-READERS = [name for name, (part, _) in TRANSFORMS.items() if getattr(part, "reads", False)]
+READERS = [name for name, (part, _) in TRANSFORMS.items() if not getattr(part, "needs_logits", True)]
 
 MODEL = toy.NumpyToy(toy.make_params())
 PARAMS = toy.make_params()
@@ -184,7 +184,7 @@ def test_product(cache: str, soft: str) -> None:
 def test_product_on_readings(cache: str, soft: str, propose: str) -> None:
     """The transforms that can do with a reading: 18 cases."""
     parts = shared_parts(cache, soft, READERS) | {"propose": PROPOSALS[propose][0]}
-    assert parts["transform"].reads
+    assert not parts["transform"].needs_logits
     check_all(parts, transforms=READERS, cache=cache, soft=soft, proposes=[propose])
 
 

@@ -139,7 +139,7 @@ def test_toy_is_its_numpy_twin_and_spread() -> None:
     tokens = np.asarray(canvas.tokens[0])
     denoiser = toy.ToyDenoiser()
     hidden, _ = denoiser.apply(
-        PARAMS, denoiser.embed(PARAMS, canvas.tokens), positions=denoiser.place(PARAMS, canvas.positions),
+        PARAMS, denoiser.embed(PARAMS, canvas.tokens), positions=denoiser.prepare_positions(PARAMS, canvas.positions),
         key_mask=canvas.valid, window_start=jnp.int32(0), write=canvas.valid, cache=None)
     logits = np.asarray(denoiser.unembed(PARAMS, hidden))
     np.testing.assert_allclose(logits[0], MODEL.forward(MODEL.embed(tokens), 0, None), atol=2e-5)

@@ -44,12 +44,12 @@ def by_logits(part: Any, propose: Any, logits: jax.Array, state: Any, **given: A
 
 
 def by_reading(part: Any, propose: Any, logits: jax.Array, state: Any, **given: Any) -> tuple[Candidates, Any]:
-    tokens, asked = given["tokens"][..., None], answers.asks(part, state)
+    tokens, asked = given["tokens"][..., None], answers.wanted_ids(part, state)
     ids = tokens if asked is None else jnp.concatenate([tokens, asked], -1)
     query = HeadQuery(ids=ids, forbidden=answers.forbidden(part), noise=propose.noise(given["keys"], LENGTH))
     reading, expected = read_head(logits, jnp.eye(VOCAB), query)  # times one and plus zeros: the logits themselves
     assert expected is None
-    reading, state = part.adjust(reading, given["is_masked"], state)
+    reading, state = part.step_reading(reading, given["is_masked"], state)
     return propose.read(reading, given["tokens"]), state
 
 
@@ -61,8 +61,8 @@ def by_reading(part: Any, propose: Any, logits: jax.Array, state: Any, **given: 
 def test_a_reading_gives_what_the_logits_give(transform: str, propose: str) -> None:
     """Over the steps of a block, with credit growing in either way."""
     part, proposal = TRANSFORMS[transform], PROPOSALS[propose]
-    assert part.reads
-    assert proposal.reads
+    assert not part.needs_logits
+    assert not proposal.needs_logits
     rng = np.random.default_rng(3)
     states = [part.init(BATCH, LENGTH)] * 2
     both = [jax.jit(function) for function in (by_logits, by_reading)]
@@ -98,17 +98,17 @@ def test_ties_go_to_the_lowest_id() -> None:
 
 def test_filters_and_what_follows_a_credit_need_logits() -> None:
     filters = (transforms.TopK(2), transforms.TopP(0.5), transforms.MinP(0.1))
-    assert not any(getattr(part, "reads", False) for part in filters)
-    assert not transforms.Chain((FORBID, transforms.TopK(2))).reads
+    assert all(getattr(part, "needs_logits", True) for part in filters)
+    assert transforms.Chain((FORBID, transforms.TopK(2))).needs_logits
     # forbidding after a credit: the credited token may be the forbidden one, so the order counts
-    assert not transforms.Chain((transforms.Credit(), FORBID)).reads
+    assert transforms.Chain((transforms.Credit(), FORBID)).needs_logits
 
     @struct.dataclass
     class Own:
         def step(self, keys: Any, logits: Any, tokens: Any) -> Any:
             return None
 
-    assert not proposals.RefuseToken(Own(), 3).reads
+    assert proposals.RefuseToken(Own(), 3).needs_logits
 
 
 @struct.dataclass
@@ -140,7 +140,7 @@ def decode(denoiser: Any, **parts: Any) -> Any:
 def test_the_loop_takes_readings_where_it_can(soft: Any) -> None:
     with_reading, without = [], []
     first = decode(Counting(asked=with_reading), smoothing=soft)
-    second = decode(Counting(asked=without, reads=False), smoothing=soft)
+    second = decode(Counting(asked=without, needs_logits=True), smoothing=soft)
     assert set(with_reading) == {"reading"}
     assert set(without) == {"logits"}
     np.testing.assert_array_equal(first.tokens, second.tokens)

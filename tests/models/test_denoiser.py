@@ -40,7 +40,7 @@ def logits_of(denoiser: Any, params: Any, tokens: Any, start: Any, cache: Any) -
     window = tokens.shape[1]
     hidden, cache = denoiser.apply(
         params, denoiser.embed(params, tokens),
-        positions=denoiser.place(params, jnp.broadcast_to(start + jnp.arange(window), tokens.shape)),
+        positions=denoiser.prepare_positions(params, jnp.broadcast_to(start + jnp.arange(window), tokens.shape)),
         key_mask=jnp.ones((2, LENGTH), bool), window_start=start, write=jnp.ones(tokens.shape, bool), cache=cache)
     return denoiser.unembed(params, hidden), cache
 
@@ -79,7 +79,7 @@ def test_hidden_states_can_be_sliced_along_the_window(params: Any) -> None:
     def hidden_states(params: Any, tokens: Any) -> Any:
         return denoiser.apply(
             params, denoiser.embed(params, tokens),
-            positions=denoiser.place(params, jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)),
+            positions=denoiser.prepare_positions(params, jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)),
             key_mask=jnp.ones((2, LENGTH), bool),
             window_start=jnp.int32(0), write=jnp.ones(tokens.shape, bool), cache=None)[0]
 

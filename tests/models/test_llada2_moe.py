@@ -33,8 +33,8 @@ FLASH = dataclasses.replace(
 def apply(denoiser: ModelDenoiser, params: Any, tokens: Any, *, positions: Any, key_mask: Any, window_start: Any,
           write: Any, cache: Any) -> tuple[Any, Any]:
     hidden, cache = denoiser.apply(
-        params, denoiser.embed(params, tokens), positions=denoiser.place(params, positions), key_mask=key_mask,
-        window_start=window_start, write=write, cache=cache)
+        params, denoiser.embed(params, tokens), positions=denoiser.prepare_positions(params, positions),
+        key_mask=key_mask, window_start=window_start, write=write, cache=cache)
     return denoiser.unembed(params, hidden), cache
 
 

@@ -30,8 +30,8 @@ def apply(denoiser: ModelDenoiser, params: Any, tokens: Any, *, positions: Any, 
           write: Any, cache: Any) -> tuple[Any, Any]:
     inputs = denoiser.embed(params, tokens)
     hidden, cache = denoiser.apply(
-        params, inputs, positions=denoiser.place(params, positions), key_mask=key_mask, window_start=window_start,
-        write=write, cache=cache)
+        params, inputs, positions=denoiser.prepare_positions(params, positions), key_mask=key_mask,
+        window_start=window_start, write=write, cache=cache)
     return denoiser.unembed(params, hidden), cache
 
 

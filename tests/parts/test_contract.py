@@ -108,7 +108,7 @@ def make_mask(seed: int) -> jax.Array:
 def make_info(seed: int, **changes: Any) -> StepInfo:
     rng = np.random.default_rng(seed)
     values = {
-        "step": jnp.asarray(rng.integers(3, 30, BATCH), jnp.int32), "step_in_block": jnp.int32(2),
+        "row_step": jnp.asarray(rng.integers(3, 30, BATCH), jnp.int32), "step_in_block": jnp.int32(2),
         "block": jnp.int32(1), "block_start": jnp.int32(16), "is_open": jnp.ones((BATCH, LENGTH), bool)}
     return StepInfo(**(values | changes))
 
@@ -143,7 +143,7 @@ def call(kind: str, part: Any, seed: int) -> tuple[Callable[..., Any], tuple[Any
 
         return strategy, (keys(seed), make_candidates(seed), make_mask(seed), make_info(seed))
     if kind == "cache_policy":
-        return (lambda part, info: part.plan(info, CANVAS, LENGTH)), (make_info(seed),)
+        return (lambda part, info: part.window(info, CANVAS, LENGTH)), (make_info(seed),)
     if kind == "smoothing":
         return (lambda part, *given: part.step(*given)), (
             make_logits(seed), make_logits(seed + 1), make_mask(seed), make_info(seed))
@@ -380,7 +380,7 @@ def test_strategy_finishes_a_block_within_its_bound(part: Any) -> None:
         masked = np.ones((BATCH, LENGTH), bool)
         state = part.init(BATCH, LENGTH)
         for count in range(part.max_steps(LENGTH)):
-            info = make_info(seed, step=jnp.full(BATCH, count, jnp.int32), step_in_block=jnp.int32(count))
+            info = make_info(seed, row_step=jnp.full(BATCH, count, jnp.int32), step_in_block=jnp.int32(count))
             decision, state = step(keys(seed * 99 + count), make_candidates(seed * 99 + count), jnp.asarray(masked),
                                    info, state)
             masked = (masked | np.asarray(decision.reopen)) & ~np.asarray(decision.commit)
@@ -423,7 +423,7 @@ def test_remasking_reopens_the_least_likely_first() -> None:
     current = jnp.array([[0, 0, 0, 0.5, 0.1, 0.3, 0.7, 0.59]])
     candidates = Candidates(token=jnp.zeros((1, 8), jnp.int32), confidence=confidence, log_prob=confidence,
                             current=current)
-    info = StepInfo(step=jnp.array([3]), step_in_block=jnp.int32(3), block=jnp.int32(0), block_start=jnp.int32(0),
+    info = StepInfo(row_step=jnp.array([3]), step_in_block=jnp.int32(3), block=jnp.int32(0), block_start=jnp.int32(0),
                     is_open=jnp.ones((1, 8), bool))
     decision, _ = step(part, keys(0)[:1], candidates, mask, info, part.init(1, 8))
     assert np.nonzero(decision.commit[0])[0].tolist() == [0, 1, 2]
@@ -484,7 +484,7 @@ def test_policy_plans_a_window_that_holds_the_block_and_fits(part: Any) -> None:
         for step in range(6):
             start = first + block * LENGTH
             info = make_info(0, step_in_block=jnp.int32(step), block=jnp.int32(block), block_start=jnp.int32(start))
-            plan = part.plan(info, CANVAS, LENGTH)
+            plan = part.window(info, CANVAS, LENGTH)
             assert (plan.refresh.shape, plan.refresh.dtype) == ((), jnp.bool_)
             assert 0 <= int(plan.start) <= start
             assert start + LENGTH <= int(plan.end) <= CANVAS
@@ -499,13 +499,13 @@ def test_policy_plans_a_window_that_holds_the_block_and_fits(part: Any) -> None:
 
 @table(POLICIES)
 def test_policy_ignores_the_rows(part: Any) -> None:
-    plans = [part.plan(make_info(seed, is_open=make_mask(seed)), CANVAS, LENGTH) for seed in range(3)]
+    plans = [part.window(make_info(seed, is_open=make_mask(seed)), CANVAS, LENGTH) for seed in range(3)]
     for plan in plans[1:]:
         assert_equal(plans[0], plan, "the plan depends on a row")
 
 
 def refreshed(part: Any, *, block: int) -> list[int]:
-    return [step for step in range(7) if part.plan(
+    return [step for step in range(7) if part.window(
         make_info(0, block=jnp.int32(block), step_in_block=jnp.int32(step)), CANVAS, LENGTH).refresh]
 
 
@@ -545,10 +545,10 @@ def test_smoothing_leaves_closed_positions_alone(part: Any) -> None:
 
 def test_soft_tokens_add_the_weighted_expectation() -> None:
     embedded, expected = jnp.zeros((2, 1, 4)), jnp.ones((2, 1, 4))
-    info = dataclasses.replace(make_info(0), step=jnp.array([0, 5], jnp.int32))
+    info = dataclasses.replace(make_info(0), row_step=jnp.array([0, 5], jnp.int32))
     out = smoothing.SoftTokens().step(embedded, expected, jnp.ones((2, 1), bool), info)
     np.testing.assert_allclose(out[:, 0, 0], [0.15, 0.25], rtol=1e-6)
-    info = dataclasses.replace(info, step=jnp.array([7, 8], jnp.int32))
+    info = dataclasses.replace(info, row_step=jnp.array([7, 8], jnp.int32))
     out = smoothing.SoftTokens().step(embedded, expected, jnp.ones((2, 1), bool), info)
     np.testing.assert_allclose(out[:, 0, 0], [0.29, 0.3], rtol=1e-6)
 

@@ -27,14 +27,14 @@ def _put(states: tuple[Any, ...], index: int, state: Any) -> tuple[Any, ...]:
 
 @struct.dataclass
 class SelectTransform:
-    """One of several transforms. It reads where all of them do."""
+    """One of several transforms. It needs logits where any of them does."""
 
     index: Any
     parts: tuple[Any, ...]
 
     @property
-    def reads(self) -> bool:
-        return all(getattr(part, "reads", False) for part in self.parts)
+    def needs_logits(self) -> bool:
+        return any(getattr(part, "needs_logits", True) for part in self.parts)
 
     def init(self, *shape: int) -> Any:
         return tuple(part.init(*shape) for part in self.parts)
@@ -56,8 +56,8 @@ class SelectTransform:
         limits = jnp.stack([jnp.asarray(one.limit, jnp.int32) for one in each])
         return Forbidden(ids=jnp.stack(ids)[self.index], limit=limits[self.index])
 
-    def asks(self, state: Any) -> Any:
-        each = [answers.asks(part, own) for part, own in zip(self.parts, state, strict=True)]
+    def wanted_ids(self, state: Any) -> Any:
+        each = [answers.wanted_ids(part, own) for part, own in zip(self.parts, state, strict=True)]
         asked = [ids for ids in each if ids is not None]
         if not asked:
             return None
@@ -66,9 +66,9 @@ class SelectTransform:
         padded = [blank if ids is None else blank.at[..., :ids.shape[-1]].set(ids) for ids in each]
         return jnp.stack(padded)[self.index]
 
-    def adjust(self, reading: Any, is_masked: Any, state: Any) -> Any:
+    def step_reading(self, reading: Any, is_masked: Any, state: Any) -> Any:
         def call(i: int) -> Any:
-            changed, new = self.parts[i].adjust(reading, is_masked, state[i])
+            changed, new = self.parts[i].step_reading(reading, is_masked, state[i])
             return changed, _put(state, i, new)
 
         return _switch(self.index, [lambda i=i: call(i) for i in range(len(self.parts))])  # type: ignore[misc]

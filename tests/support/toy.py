@@ -65,8 +65,8 @@ class ToyDenoiser:
     """Two attention layers with one head; `sharpness` scales the logits."""
 
     sharpness: Any = 1.0
-    reads: bool = struct.field(pytree_node=False, default=True)
-    """False gives the loop logits only."""
+    needs_logits: bool = struct.field(pytree_node=False, default=False)
+    """True gives the loop logits only."""
 
     @property
     def vocab_size(self) -> int:
@@ -83,7 +83,7 @@ class ToyDenoiser:
     def embed(self, params: Any, tokens: jax.Array) -> jax.Array:
         return jnp.asarray(params["embed"])[tokens]
 
-    def place(self, params: Any, positions: jax.Array) -> jax.Array:
+    def prepare_positions(self, params: Any, positions: jax.Array) -> jax.Array:
         return positions
 
     def apply(
@@ -171,7 +171,7 @@ class ScriptedDenoiser:
     def embed(self, params: Any, tokens: jax.Array) -> jax.Array:
         return jnp.zeros((*tokens.shape, 1), jnp.float32)
 
-    def place(self, params: Any, positions: jax.Array) -> jax.Array:
+    def prepare_positions(self, params: Any, positions: jax.Array) -> jax.Array:
         return positions
 
     def apply(

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from djax.contracts.cache import LayerCache
-from djax.devices.parallel import WHOLE, Parallel
+from djax.devices.parallel import UNSPLIT, Parallel
 from djax.models.config import LLADA2_MOE_MASK_ID, FeedForward, Llada2MoeConfig
 from djax.models.layers.attention import Attention, Place
 from djax.models.layers.basic import SwiGlu, rms_norm
@@ -42,7 +42,7 @@ class Layer(nnx.Module):
 
     def __init__(
         self, config: Llada2MoeConfig, index: int, *, rngs: nnx.Rngs, kernels: Kernels = Kernels(),
-        parallel: Parallel = WHOLE,
+        parallel: Parallel = UNSPLIT,
     ) -> None:
         self.config, self.parallel, shape = config, parallel, feed_forwards(config)[index]
         self.attention_norm = ones((config.hidden_size,), axes=("embed",), dtype=config.dtype)

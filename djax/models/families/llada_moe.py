@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from djax.contracts.cache import LayerCache
-from djax.devices.parallel import WHOLE, Parallel
+from djax.devices.parallel import UNSPLIT, Parallel
 from djax.models.config import LLADA_MOE_MASK_ID, FeedForward, LladaMoeConfig
 from djax.models.layers.attention import Attention, Place
 from djax.models.layers.basic import rms_norm
@@ -35,7 +35,7 @@ class Layer(nnx.Module):
 
     def __init__(
         self, config: LladaMoeConfig, index: int, *, rngs: nnx.Rngs, kernels: Kernels = Kernels(),
-        parallel: Parallel = WHOLE,
+        parallel: Parallel = UNSPLIT,
     ) -> None:
         self.config = config
         # who asks for XLA's experts, which can be split over devices, means the router too

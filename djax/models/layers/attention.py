@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from djax.contracts.cache import LayerCache
-from djax.devices.parallel import WHOLE, Parallel
+from djax.devices.parallel import UNSPLIT, Parallel
 from djax.models.config import ModelConfig
 from djax.models.layers.basic import Rotation, from_heads, rms_norm, rotate, to_heads
 from djax.models.layers.parameters import normal, ones
@@ -37,7 +37,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, rngs: nnx.Rngs, implementation: str | None = None, parallel: Parallel = WHOLE
+        self, config: ModelConfig, *, rngs: nnx.Rngs, implementation: str | None = None, parallel: Parallel = UNSPLIT
     ) -> None:
         """`implementation` names one of `kernels_pallas.attention`."""
         model, width, dtype = config.hidden_size, config.head_dim, config.dtype
@@ -61,7 +61,7 @@ class Attention(nnx.Module):
         rotation, window_start, write = place["rotation"], place["window_start"], place["write"]
         eps, split = self.config.rms_norm_eps, x.shape[1] != write.shape[1]
         query = rms_norm(to_heads(x, self.query[...]), self.query_norm[...], eps=eps)
-        key_weight, value_weight = (self.own_kv(weight[...]) for weight in (self.key, self.value))
+        key_weight, value_weight = (self.local_kv(weight[...]) for weight in (self.key, self.value))
         key = rms_norm(to_heads(x, key_weight), self.key_norm[...], eps=eps)
         value = to_heads(x, value_weight)
         query, key = rotate_first(query, rotation), rotate_first(key, rotation)
@@ -94,10 +94,10 @@ class Attention(nnx.Module):
             query, key, value, key_mask=key_mask, window_start=start, block_length=block_length,
             block_origin=jnp.max(jnp.where(key_mask.any(axis=1), origin, 0)), implementation=self.implementation)
 
-    def own_kv(self, weight: Float[Array, "G K D"]) -> Float[Array, "g K D"]:
+    def local_kv(self, weight: Float[Array, "G K D"]) -> Float[Array, "g K D"]:
         """The part of a key or value weight that the query heads here need."""
         config = self.config
-        return self.parallel.own_kv_heads(
+        return self.parallel.local_kv_heads(
             weight, num_heads=self.query.shape[0], ratio=config.num_heads // config.num_kv_heads)
 
 
@@ -117,7 +117,7 @@ def block_origin(key_mask: Bool[Array, "B T"], block_length: int) -> Int[Array, 
 def block_causal(
     key_mask: Bool[Array, "B T"], *, start: Int[Array, ""], width: int, block_length: int, origin: Int[Array, " B"]
 ) -> Bool[Array, "B w T"]:
-    """Which keys each of `width` queries sees, the first of which stands at `start`: its own block and all before."""
+    """The keys that each of `width` queries sees, the first of which is at `start`: its own block and all before."""
     position = start + jnp.arange(width, dtype=jnp.int32)[None] - origin[:, None]
     end = (position // block_length + 1) * block_length + origin[:, None]
     return key_mask[:, None] & (jnp.arange(key_mask.shape[1], dtype=jnp.int32)[None, None] < end[..., None])

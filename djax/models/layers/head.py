@@ -6,13 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from djax.contracts.types import HeadQuery, Reading
-from djax.devices.parallel import WHOLE, Parallel
+from djax.devices.parallel import UNSPLIT, Parallel
 from kernels_pallas import combine_readouts, gumbel_noise, unembed
 
 
 def read_head(
     hidden: Float[Array, "B L D"], head: Float[Array, "V D"], query: HeadQuery, *,
-    embed: Float[Array, "V D"] | None = None, implementation: str | None = None, parallel: Parallel = WHOLE,
+    embed: Float[Array, "V D"] | None = None, implementation: str | None = None, parallel: Parallel = UNSPLIT,
 ) -> tuple[Reading, Float[Array, "B L D"] | None]:
     """The reading of `hidden @ head.T`, and with `embed` the expected embeddings over the whole vocabulary.
 

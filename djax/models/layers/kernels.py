@@ -1,4 +1,4 @@
-"""Which kernels a model runs on."""
+"""The kernels that a model runs on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Kernels:
 
 
 def kernels_on(mesh: Mesh | None) -> Kernels:
-    """What a model runs on if XLA partitions it over `mesh`: operations for which it has to gather nothing."""
+    """Kernels that XLA can partition over `mesh` without all-gathers."""
     if mesh is None or mesh.size == 1:
         return Kernels()
     return Kernels(moe="xla_dense", attention="xla", unembed="reference")

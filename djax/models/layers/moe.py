@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from djax.devices.parallel import WHOLE, Parallel
+from djax.devices.parallel import UNSPLIT, Parallel
 from djax.models.config import FeedForward, ModelConfig
 from djax.models.layers.basic import SwiGlu, contract
 from djax.models.layers.parameters import normal, zeros
@@ -90,7 +90,7 @@ class MixtureOfExperts(nnx.Module):
 
     def __init__(
         self, config: ModelConfig, shape: FeedForward, route: Router, *, rngs: nnx.Rngs,
-        implementation: str | None = None, parallel: Parallel = WHOLE,
+        implementation: str | None = None, parallel: Parallel = UNSPLIT,
     ) -> None:
         """`implementation` names one of `kernels_pallas.moe`."""
         model, experts, width, dtype = config.hidden_size, shape.num_experts, shape.expert_size, config.dtype

@@ -1,4 +1,4 @@
-"""How parameters are made: an `nnx.Param` whose metadata `axes` names its logical axes.
+"""Parameters: an `nnx.Param` whose metadata `axes` names its logical axes.
 
 `axes` is our own metadata and not flax's partitioning annotation, which would need a mesh at construction.
 """

@@ -46,7 +46,7 @@ class Transformer(nnx.Module):
 
     A layer has two halves: `mix`, attention, in which positions meet, and `transform`, which takes each position by
     itself and also gives the router's logits (None where there is no router). Its `attention` has the weight `key`
-    and the method `own_kv`.
+    and the method `local_kv`.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class Transformer(nnx.Module):
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` canvases of `length` positions, in the weights' dtype."""
         attention = self.layers[0].attention
-        own = jax.eval_shape(lambda: attention.own_kv(attention.key[...]))
+        own = jax.eval_shape(lambda: attention.local_kv(attention.key[...]))
         return KVCache.zeros(
             num_layers=len(self.layers), batch=batch, length=length, num_kv_heads=own.shape[0],
             head_dim=own.shape[1], dtype=self.embed[...].dtype)
 
     def rotation(self, positions: Int[Array, "B W"]) -> Rotation:
-        """What every layer turns its queries and keys by at `positions`."""
+        """Rotation of queries and keys at `positions`, the same in every layer."""
         return rotary_angles(positions, head_dim=self.rotary_dim, theta=self.config.rope_theta)
 
     def embed_tokens(self, tokens: Int[Array, "B W"]) -> Float[Array, "B W D"]:
@@ -176,7 +176,7 @@ class Transformer(nnx.Module):
     def read(
         self, hidden: Float[Array, "B L D"], query: HeadQuery, *, expected: bool
     ) -> tuple[Reading, Float[Array, "B L D"] | None]:
-        """What a query asks of the logits, without them; with `expected` also `expected_embedding`."""
+        """Answer a query about the logits without holding them; with `expected` also give `expected_embedding`."""
         with jax.named_scope("head"):
             return read_head(hidden, self.head[...], query, embed=self.embed[...] if expected else None,
                              implementation=self.kernels.unembed, parallel=self.parallel)

@@ -33,7 +33,7 @@ class Factor:
         return block_length
 
     def init(self, batch: int, block_length: int) -> PartState:
-        """No state."""
+        """Start without a state."""
         return ()
 
     def step(

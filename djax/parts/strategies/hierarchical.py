@@ -41,7 +41,7 @@ class Hierarchical:
         return block_length
 
     def init(self, batch: int, block_length: int) -> PartState:
-        """No state."""
+        """Start without a state."""
         return ()
 
     def step(
@@ -51,7 +51,7 @@ class Hierarchical:
         """The best of each run, and everything that is certain."""
         confidence = masked_confidence(candidates, is_masked)
         commit = _best_of_runs(confidence, is_masked) & (confidence > self.low)
-        commit |= confidence > as_schedule(self.high)(info.step)[:, None]
+        commit |= confidence > as_schedule(self.high)(info.row_step)[:, None]
         commit |= best(confidence)
         return Decision(commit=commit, reopen=jnp.zeros_like(commit)), state
 

@@ -40,7 +40,7 @@ class LocalLeap:
         return block_length
 
     def init(self, batch: int, block_length: int) -> PartState:
-        """No state."""
+        """Start without a state."""
         return ()
 
     def step(

@@ -34,7 +34,7 @@ class Quota:
         return block_length
 
     def init(self, batch: int, block_length: int) -> PartState:
-        """No state."""
+        """Start without a state."""
         return ()
 
     def step(

@@ -1,4 +1,4 @@
-"""What strategies share: the best masked positions of a block."""
+"""Helpers of strategies: the best masked positions of a block."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Threshold:
         return block_length
 
     def init(self, batch: int, block_length: int) -> PartState:
-        """No state."""
+        """Start without a state."""
         return ()
 
     def step(
@@ -43,6 +43,6 @@ class Threshold:
     ) -> tuple[Decision, PartState]:
         """The confident positions."""
         confidence = masked_confidence(candidates, is_masked)
-        limit = jnp.minimum(as_schedule(self.threshold)(info.step), confidence.max(-1) - 1e-5)
+        limit = jnp.minimum(as_schedule(self.threshold)(info.row_step), confidence.max(-1) - 1e-5)
         commit = (confidence >= limit[:, None]) & jnp.isfinite(confidence)
         return Decision(commit=commit, reopen=jnp.zeros_like(commit)), state

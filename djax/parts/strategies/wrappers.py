@@ -27,11 +27,11 @@ class RandomOrder:
 
     @property
     def reopens(self) -> bool:
-        """As the inner strategy."""
+        """The inner strategy's."""
         return self.strategy.reopens
 
     def max_steps(self, block_length: int) -> int:
-        """As the inner strategy."""
+        """The inner strategy's."""
         return self.strategy.max_steps(block_length)
 
     def init(self, batch: int, block_length: int) -> PartState:
@@ -68,7 +68,7 @@ class Remasking:
         check_number("threshold", self.threshold, 0.0, 1.0)
 
     def max_steps(self, block_length: int) -> int:
-        """As the inner strategy: every step has a net gain."""
+        """The inner strategy's: every step has a net gain."""
         return self.strategy.max_steps(block_length)
 
     def init(self, batch: int, block_length: int) -> PartState:

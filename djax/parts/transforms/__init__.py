@@ -1,6 +1,6 @@
 """Logit transforms: logits in, logits out, with a state that lives for one block.
 
-All work in float32 and drop a token by setting its logit to -inf. Those that `reads` do the same to a `Reading`,
+All work in float32 and drop a token by setting its logit to -inf. Those that need no logits do the same to a `Reading`,
 in which the vocabulary is already gone.
 """
 

@@ -17,19 +17,21 @@ from djax.errors import check_integer
 class Identity:
     """Leaves the logits as they are."""
 
-    reads: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
     distribution_changes: ClassVar[tuple[Any, ...]] = ()
 
     def init(self, batch: int, block_length: int) -> PartState:
-        """No state."""
+        """Start without a state."""
         return ()
 
     def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
-        """The same logits."""
+        """Return the same logits."""
         return logits, state
 
-    def adjust(self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Reading, PartState]:
-        """The same reading."""
+    def step_reading(
+        self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState
+    ) -> tuple[Reading, PartState]:
+        """Return the same reading."""
         return reading, state
 
 
@@ -40,7 +42,7 @@ class ForbidTokens:
     token_ids: Int[Array, " n"] | Int[np.ndarray, " n"]
     vocab_limit: int | Int[Array, ""] | None = None
 
-    reads: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
     distribution_changes: ClassVar[tuple[Any, ...]] = ()  # what is left is drawn from its softmax
 
     def __post_init__(self) -> None:
@@ -49,7 +51,7 @@ class ForbidTokens:
             check_integer("vocab_limit", self.vocab_limit, 1)
 
     def init(self, batch: int, block_length: int) -> PartState:
-        """No state."""
+        """Start without a state."""
         return ()
 
     def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
@@ -67,6 +69,8 @@ class ForbidTokens:
         return Forbidden(ids=jnp.atleast_1d(jnp.asarray(self.token_ids, jnp.int32)),
                          limit=jnp.asarray(limit, jnp.int32))
 
-    def adjust(self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Reading, PartState]:
-        """The same reading: the tokens are not in it."""
+    def step_reading(
+        self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState
+    ) -> tuple[Reading, PartState]:
+        """Return the same reading: the tokens are not in it."""
         return reading, state

@@ -18,14 +18,14 @@ class Chain:
     transforms: tuple[Transform, ...]
 
     @property
-    def reads(self) -> bool:
-        """Whether all do, and none forbids tokens after another one has changed logits: the head forbids first."""
+    def needs_logits(self) -> bool:
+        """Whether any does, or one forbids tokens after another has changed logits: the head forbids first."""
         changed = False
         for part in self.transforms:
-            if not answers.reads(part) or (changed and answers.forbids(part)):
-                return False
+            if answers.needs_logits(part) or (changed and answers.forbids(part)):
+                return True
             changed |= bool(answers.distribution_changes(part))
-        return True
+        return False
 
     @property
     def forbids(self) -> bool:
@@ -50,7 +50,7 @@ class Chain:
         return logits, tuple(states)
 
     def forbidden(self) -> Forbidden:
-        """What any of them drops."""
+        """The tokens that any of them drops."""
         forbids = [answers.forbidden(part) for part in self.transforms]
         each = [forbidden for forbidden in forbids if forbidden is not FORBID_NOTHING] or [FORBID_NOTHING]
         limit = FORBID_NOTHING.limit
@@ -58,16 +58,18 @@ class Chain:
             limit = jnp.minimum(limit, forbidden.limit)
         return Forbidden(ids=jnp.concatenate([forbidden.ids for forbidden in each]), limit=limit)
 
-    def asks(self, state: PartState) -> Int[Array, "B L S"] | None:
+    def wanted_ids(self, state: PartState) -> Int[Array, "B L S"] | None:
         """What any of them asks for."""
-        each = [answers.asks(part, own) for part, own in zip(self.transforms, state, strict=True)]
+        each = [answers.wanted_ids(part, own) for part, own in zip(self.transforms, state, strict=True)]
         asked = [ids for ids in each if ids is not None]
         return jnp.concatenate(asked, axis=-1) if asked else None
 
-    def adjust(self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Reading, PartState]:
+    def step_reading(
+        self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState
+    ) -> tuple[Reading, PartState]:
         """Each transform applied to what the one before it gave."""
         states = []
         for part, part_state in zip(self.transforms, state, strict=True):
-            reading, part_state = part.adjust(reading, is_masked, part_state)  # type: ignore[attr-defined]
+            reading, part_state = part.step_reading(reading, is_masked, part_state)  # type: ignore[attr-defined]
             states.append(part_state)
         return reading, tuple(states)

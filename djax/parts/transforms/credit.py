@@ -37,7 +37,7 @@ class Credit:
     beta: float | Float[Array, ""] = 0.8
     gamma: float | Float[Array, ""] = 0.2
 
-    reads: ClassVar[bool] = True  # only the slots' logits change
+    needs_logits: ClassVar[bool] = False  # only the slots' logits change
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, 0.0)
@@ -59,11 +59,13 @@ class Credit:
         columns = jnp.arange(length, dtype=jnp.int32)[None, :, None]
         return logits.at[rows, columns, jnp.maximum(state.token, 0)].add(self._bonus(state)), state
 
-    def asks(self, state: PartState) -> Int[Array, "B L S"] | None:
+    def wanted_ids(self, state: PartState) -> Int[Array, "B L S"] | None:
         """The tokens in the slots."""
         return state.token
 
-    def adjust(self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Reading, PartState]:
+    def step_reading(
+        self, reading: Reading, is_masked: Bool[Array, "B L"], state: PartState
+    ) -> tuple[Reading, PartState]:
         """The reading with the slots' logits raised."""
         before = state.token
         state = self._credit(reading.best, reading.best_logit - reading.log_total, is_masked, state)

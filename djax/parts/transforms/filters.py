@@ -29,7 +29,7 @@ class TopK:
         check_integer("k", self.k, 1)
 
     def init(self, batch: int, block_length: int) -> PartState:
-        """No state."""
+        """Start without a state."""
         return ()
 
     def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
@@ -58,7 +58,7 @@ class TopP:
         check_number("temperature", self.temperature, 0.0)
 
     def init(self, batch: int, block_length: int) -> PartState:
-        """No state."""
+        """Start without a state."""
         return ()
 
     def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
@@ -88,7 +88,7 @@ class MinP:
         check_number("temperature", self.temperature, 0.0)
 
     def init(self, batch: int, block_length: int) -> PartState:
-        """No state."""
+        """Start without a state."""
         return ()
 
     def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:

@@ -1,4 +1,4 @@
-"""What the bundled model is and how it is trained: a LLaDA-MoE of 2 million parameters, all tasks, two CPU cores."""
+"""The bundled model and its training: a LLaDA-MoE of 2 million parameters, all tasks, two CPU cores."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _HARDER = (*tasks.TASKS, "expression", "sort", "expression")
 """These two take longest to learn."""
 
 _PARALLEL = (*tasks.TASKS, "expression", "addition", "sort")
-"""Of these most is lost when many tokens are guessed at once."""
+"""The tasks that lose most when many tokens are guessed at once."""
 
 STAGES = (
     # By blocks every token of every answer is learned in each pass: what has to be copied and computed is found in
@@ -113,7 +113,7 @@ TRAJECTORIES = 8000
 
 
 def sampling_recipe() -> Recipe:
-    """How the trajectories are decoded: without a cache, so that each step saw the state that is trained on."""
+    """The decoder of the trajectories: without a cache, so that each step saw the state that is trained on."""
     return fast_dllm(threshold=0.9, cache="none")
 
 

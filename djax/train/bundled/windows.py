@@ -1,4 +1,4 @@
-"""What the bundled model's last stage learns from: answers as block by block decoding meets them."""
+"""Data of the bundled model's last stage: answers as block by block decoding meets them."""
 
 from __future__ import annotations
 
