@@ -26,7 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load import FULL_SIZE, SMALL, commit, machine, peak_bytes, write_checkpoint
+from benchmarks.harness.checkpoint import FULL_SIZE, SMALL
+from benchmarks.load import commit, machine, peak_bytes, write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "load_mesh.json"
 MEDIUM = SMALL | {

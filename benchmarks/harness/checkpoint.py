@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks.load import COMMON, SMALL, tensor_shapes
-
+FULL_SIZE = {
+    "vocab_size": 157184, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "expert_intermediate_size": 1024,
+    "pad_token_id": 156892, "eos_token_id": 156892,
+}
+SMALL = {
+    "vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "num_experts": 16, "num_experts_per_tok": 4, "expert_intermediate_size": 256,
+    "pad_token_id": 1, "eos_token_id": 1,
+}
+COMMON = {
+    "architectures": ["LLaDAMoEModelLM"], "model_type": "llada", "hidden_act": "silu",
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 50000, "rope_scaling": None,
+    "partial_rotary_factor": 1, "attention_bias": False, "clip_qkv": None, "norm_topk_prob": None,
+    "qk_layernorm": True, "moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False,
+    "routed_scaling_factor": 1, "shared_expert_intermediate_size": None, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 MASK_ID = 2
 FIRST_TOKEN = 3
 """Ids below are special: padding, EOS and the mask."""
@@ -26,6 +43,28 @@ GAINS = {
 """Standard deviation of a layer's outputs for inputs of one. Attention is sharp, so that positions differ."""
 HEAD_GAIN = 12.0
 """Spread of the logits: with it a threshold of 0.8 or 0.9 commits a few positions per step."""
+
+
+def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Published keys and shapes, in the published order of layers."""
+    model, ffn = config["hidden_size"], config["expert_intermediate_size"]
+    width = model // config["num_attention_heads"]
+    yield "model.embed_tokens.weight", (config["vocab_size"], model)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        yield prefix + "input_layernorm.weight", (model,)
+        yield prefix + "post_attention_layernorm.weight", (model,)
+        for name in "qkvo":
+            yield f"{prefix}self_attn.{name}_proj.weight", (model, model)
+        for name in "qk":
+            yield f"{prefix}self_attn.{name}_norm.weight", (width,)
+        yield prefix + "mlp.gate.weight", (config["num_experts"], model)
+        for expert in range(config["num_experts"]):
+            yield f"{prefix}mlp.experts.{expert}.gate_proj.weight", (ffn, model)
+            yield f"{prefix}mlp.experts.{expert}.up_proj.weight", (ffn, model)
+            yield f"{prefix}mlp.experts.{expert}.down_proj.weight", (model, ffn)
+    yield "model.norm.weight", (model,)
+    yield "lm_head.weight", (config["vocab_size"], model)
 
 
 def fields(shapes: dict[str, Any]) -> dict[str, Any]:
