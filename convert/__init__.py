@@ -1,4 +1,4 @@
-"""Checkpoints to djax parameters: Hugging Face safetensors in, device shards or an Orbax directory out."""
+"""Checkpoints as djax parameters: Hugging Face safetensors in, device shards or an Orbax directory out."""
 
 from convert.checkpoint import restore, save, verify
 from convert.errors import (

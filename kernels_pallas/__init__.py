@@ -1,4 +1,4 @@
-"""Kernels that know only JAX. Each op ships its reference, which is both oracle and fallback."""
+"""Kernels that know only JAX. Each op ships its reference: its oracle, its fallback too."""
 
 from kernels_pallas.attention import attention, attention_choice
 from kernels_pallas.moe import (

@@ -56,6 +56,13 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def test_every_folder_says_what_it_is_for():
+    """In one sentence: a folder that needs an "and" is two."""
+    folders = [path for package in (*PACKAGES, "benchmarks", "tests") for path in (ROOT / package).rglob("__init__.py")]
+    first = {relative(path): (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0] for path in folders}
+    assert [path for path, line in first.items() if not line.endswith(".") or " and " in line] == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_imports_follow_the_direction(path):
     name = relative(path)

@@ -1,0 +1,1 @@
+"""Full-size forwards on a GPU, in their loop."""

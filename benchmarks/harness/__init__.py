@@ -1,0 +1,1 @@
+"""Tools of all measurements: cases, ceilings, timing, reports."""

@@ -1,0 +1,1 @@
+"""Single ops against other implementations."""

@@ -1,0 +1,1 @@
+"""Exactness of recipes against their speed."""

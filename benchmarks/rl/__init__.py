@@ -1,0 +1,1 @@
+"""Policy-gradient training on the bundled tasks."""

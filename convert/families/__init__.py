@@ -1,4 +1,4 @@
-"""How each family's checkpoints are read: one file each, and one line here."""
+"""Keys of each family's checkpoints: one file each, one line here."""
 
 from convert.families import llada2_moe, llada_moe
 

@@ -1,4 +1,4 @@
-"""The bundled model, a small LLaDA-MoE that learned the tasks of `djax.tasks`, and its compressed form.
+"""The bundled model, a small LLaDA-MoE that learned the tasks of `djax.tasks`, with its compressed form.
 
 `python -m djax.train.bundled` makes every file here; they are read through the same path as any checkpoint.
 """

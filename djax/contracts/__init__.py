@@ -1,1 +1,1 @@
-"""The language of all rooms: structs, the data that travels, protocols, the canvas, the cache, keys."""
+"""The language of all rooms: structs, data that travels, protocols, the canvas, the cache, keys."""

@@ -1,4 +1,4 @@
-"""The model families, and how a model becomes a denoiser. Names are imported on first use: flags need none of jax."""
+"""The networks as denoisers. Names are imported on first use: flags need none of jax."""
 
 from __future__ import annotations
 

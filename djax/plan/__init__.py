@@ -1,4 +1,4 @@
-"""What a machine would give: compiled programs for hardware that need not be here, memory, rooflines."""
+"""Forecasts of a machine: compiled programs for hardware that need not be here, memory, rooflines."""
 
 from __future__ import annotations
 

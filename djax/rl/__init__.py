@@ -1,4 +1,4 @@
-"""Reinforcement learning: rollouts as exact data, log-probs with a meaning, and weights for the next rollout.
+"""Policy gradients from rollouts: advantages, losses, the scoring policy, Tunix.
 
     r = rollout(lm, prompts, key=0, num_samples=8)
     states = trace_states(r)                                          # or masked_states(r, key, scheme=...)

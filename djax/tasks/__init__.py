@@ -1,4 +1,4 @@
-"""Short text tasks with worked steps: endless seeded examples to train on, and verifiers that need no model.
+"""Short text tasks with worked steps: endless seeded examples, verifiers without a model.
 
     for example in tasks.examples("sort", split="train", seed=0, start=step * batch): ...
     tasks.TASKS["sort"].verify(prompt, completion)

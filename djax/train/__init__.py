@@ -1,4 +1,4 @@
-"""Training: losses of masked and block diffusion, a resumable loop on optax and Orbax, and tasks that can be verified.
+"""Training: losses of masked or block diffusion in a resumable loop on optax.
 
 Names are imported on first use. `djax.train.tasks` is `djax.tasks`, which needs no jax.
 """

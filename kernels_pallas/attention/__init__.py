@@ -1,4 +1,4 @@
-"""Attention of a window of queries to a canvas of keys and values."""
+"""Attention of a window to its canvas."""
 
 from kernels_pallas.attention.api import IMPLEMENTATIONS, attention, attention_choice
 

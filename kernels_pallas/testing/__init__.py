@@ -1,1 +1,1 @@
-"""What every implementation of an op has to compute: tables of cases with their oracles, for tests and benchmarks."""
+"""Tables of cases with their oracles, the same for every implementation of an op."""

@@ -1,0 +1,1 @@
+"""Tests of `convert`, on checkpoints made on the spot."""

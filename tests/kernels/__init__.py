@@ -1,0 +1,1 @@
+"""Tests of `kernels_pallas`, interpreted or compiled from afar."""

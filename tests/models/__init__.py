@@ -1,0 +1,1 @@
+"""Tests of `djax.models` against other libraries."""

@@ -1,4 +1,4 @@
-"""The model families: one file each, and one line here."""
+"""The model families: one file each, one line here."""
 
 from __future__ import annotations
 

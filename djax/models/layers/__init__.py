@@ -1,1 +1,1 @@
-"""What the families' layers are made of."""
+"""Building blocks of the families' layers."""

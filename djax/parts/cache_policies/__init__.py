@@ -1,4 +1,4 @@
-"""Cache policies: when to recompute the whole canvas, and which window otherwise.
+"""Cache policies: which positions the next forward recomputes.
 
 A refresh depends on the block index and the step in the block only, never on a row, so that a row of a
 batch sees what it sees alone.

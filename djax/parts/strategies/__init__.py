@@ -1,4 +1,4 @@
-"""Strategies: which candidates to commit. One file per family, and wrappers that hold another strategy."""
+"""Strategies: which candidates to commit. One file per family; wrappers hold another strategy."""
 
 from djax.parts.strategies.factor import Factor
 from djax.parts.strategies.hierarchical import Hierarchical
