@@ -104,7 +104,8 @@ def check_integer(
     array = _concrete(value)
     if array is None or (array.dtype.kind in "iu" and ((array >= low) & (array <= high)).all()):
         return value
-    span = f"of at least {low}" if high == 2**31 - 1 else f"from {low} to {high}"
+    too_large = array.dtype.kind in "iu" and (array > high).any()
+    span = f"of at least {low}" if high == 2**31 - 1 and not too_large else f"from {low} to {high}"
     raise ArgumentError(name, shown(value), allowed=f"an integer {span}", advice=advice)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -14,11 +14,13 @@ def parts_command(
     """List the recipes and the parts of every axis, with what --set can give them."""
     from djax.cli.outputs import write_line
     from djax.parts import registry
+    from djax.parts.schedules import Schedule
     from djax.recipes import RECIPES
     from djax.recipes.settings import takes
 
     groups: dict[str, dict[str, Any]] = {"recipe": {**RECIPES}}
     groups |= {axis: registry.parts(axis) for axis in registry.AXES}
+    groups["schedule"] = {registry.snake_case(kind.__name__): kind for kind in get_args(Schedule)}
     for title, group in groups.items():
         write_line(title)
         for name, target in group.items():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import operator
 import sys
 from collections.abc import Collection
 from typing import Any
 
 from djax.cli.flags import RecipeFlags
-from djax.errors import ArgumentError, shown
+from djax.errors import ArgumentError, one_line, shown
 from djax.parts import registry
 from djax.recipes import RECIPES, Recipe
 from djax.recipes.settings import assign, make, names, takes, unknown
@@ -37,12 +38,32 @@ def build_recipe(flags: RecipeFlags) -> Recipe:
         else:
             raise unknown(f"--set {path}".strip(), first, {**own, **axes})
     try:
-        recipe = make(function, parameters, name="--set ") if callable(function) else function
+        made = _made(flags.recipe, function, parameters)
+        recipe = _assigned(made, assignments)
     except ArgumentError as error:
         raise error.renamed(flag_of.get(error.name) or error.name) from None
+    for name in parameters:
+        _refuse_replaced(name, flags.recipe, function, parameters, made, assignments)
+    return recipe
+
+
+def _made(name: str, function: Any, parameters: dict[str, str]) -> Recipe:
+    """What the recipe's function gives; whatever a user's own raises is told under its name."""
+    try:
+        recipe = make(function, parameters, name="--set ") if callable(function) else function
+    except ArgumentError:
+        raise
+    except Exception as error:
+        raise ArgumentError("--recipe", f"{shown(name)}, which fails ({type(error).__name__}: {one_line(str(error))})",
+                            allowed="a function that returns djax.Parts", advice="correct it") from error
     if not isinstance(recipe, Recipe):
-        raise ArgumentError("--recipe", f"{shown(flags.recipe)}, which gives a {type(recipe).__name__}",
+        raise ArgumentError("--recipe", f"{shown(name)}, which gives {shown(recipe)}",
                             allowed="a function that returns djax.Parts", advice="return one")
+    return recipe
+
+
+def _assigned(recipe: Recipe, assignments: list[tuple[str, str, str]]) -> Recipe:
+    """The recipe after flags and settings of parts, each by flag, path and text."""
     for flag, path, text in assignments:
         number = path.removeprefix("strategy.")
         if flag and number in _NUMBERS and number not in names(recipe.strategy):
@@ -52,8 +73,27 @@ def build_recipe(flags: RecipeFlags) -> Recipe:
         try:
             recipe = assign(recipe, path, text)
         except ArgumentError as error:
-            raise error.renamed(flag or error.name) from None
+            raise error.renamed(flag if flag and error.name == f"--set {path}" else error.name) from None
     return recipe
+
+
+def _refuse_replaced(
+    name: str, recipe: str, function: Any, parameters: dict[str, str], made: Recipe,
+    assignments: list[tuple[str, str, str]],
+) -> None:
+    """Refuse a parameter that makes another recipe, of which other settings then leave nothing."""
+    rest = {each: text for each, text in parameters.items() if each != name}
+    if takes(function)[name].default is inspect.Parameter.empty:
+        return
+    try:
+        plain = _made(recipe, function, rest)
+        lost = plain != made and _assigned(plain, assignments) == _assigned(made, assignments)
+    except ArgumentError:  # the parameter is needed
+        return
+    if lost:
+        raise ArgumentError(f"--set {name}", f"{parameters[name]}, a parameter of a part that other settings replace",
+                            allowed="parameters of what stays", advice=f"set it in the new part, as 'djax parts' says, "
+                            f"or drop {name}")
 
 
 def _short(flags: RecipeFlags, own: Collection[str]) -> list[tuple[str, str, str]]:
@@ -61,22 +101,24 @@ def _short(flags: RecipeFlags, own: Collection[str]) -> list[tuple[str, str, str
     numbers = {name: value for name in _NUMBERS if (value := getattr(flags, name)) is not None}
     found = []
     if flags.strategy is not None:
-        found.append(("" if numbers else "--strategy", "strategy", flags.strategy + ":" + ",".join(
-            f"{name}={value}" for name, value in numbers.items())))
+        text = ",".join(f"{name}={value}" for name, value in numbers.items())
+        colon = "" if not text else "," if ":" in flags.strategy else ":"
+        found.append(("--strategy", "strategy", flags.strategy + colon + text))
     else:
         found += [(f"--{name}", _NUMBERS[name] if _NUMBERS[name] in own else f"strategy.{name}", str(value))
                   for name, value in numbers.items()]
     if flags.cache is not None:
         found.append(("--cache", "cache_policy", flags.cache))
     if flags.smoothing is not None:
-        found.append(("--smoothing", "smoothing", str(flags.smoothing) if flags.smoothing else "none"))
+        weight = str(flags.smoothing) if "smoothing" in own else f"soft_tokens:weight={flags.smoothing}"
+        found.append(("--smoothing", "smoothing", weight if flags.smoothing else "none"))
     return found
 
 
 def _split(setting: str) -> tuple[str, str, str]:
     """Path and text of `--set PATH=VALUE`, behind an empty flag: errors name the path."""
     path, equals, text = setting.partition("=")
-    if not equals:
+    if not equals or not all(map(str.strip, path.split("."))):
         raise ArgumentError("--set", shown(setting), allowed="PATH=VALUE, such as strategy.threshold=0.8",
                             advice="see 'djax parts'")
     return "", path.strip().replace("-", "_"), text
@@ -94,7 +136,7 @@ def _function(name: str) -> Any:
         sys.path.insert(0, "")
     try:
         return operator.attrgetter(function)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ArgumentError("--recipe", f"{shown(name)} ({error})",
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raise ArgumentError("--recipe", f"{shown(name)} ({one_line(str(error)) or type(error).__name__})",
                             allowed="module:function, of a module that Python finds from here",
                             advice="check both names") from error

@@ -23,10 +23,22 @@ from djax.parts import registry
 
 T = TypeVar("T")
 
+
+def _plain(kind: Callable[[str], T]) -> Callable[[str], T]:
+    """Read numbers as they are written everywhere: Python's own readers take 1_000 and digits of other scripts too."""
+
+    def read(word: str) -> T:
+        if "_" in word or not word.isascii():
+            raise ValueError(word)
+        return kind(word)
+
+    return read
+
+
 _SCALARS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     type(None): ("none", lambda word: {"none": None}[word.lower()]),
     bool: ("true, false", lambda word: {"true": True, "false": False}[word.lower()]),
-    int: ("an integer", int), float: ("a number", float), str: ("a text", str)}
+    int: ("an integer", _plain(int)), float: ("a number", _plain(float)), str: ("a text", str)}
 """How a text is read, in the order in which it is tried."""
 
 
@@ -193,17 +205,25 @@ def _read(taken: Taken, text: str, *, name: str, present: Any = None) -> Any:
     several = get_origin(taken.hint) is tuple
     made = make(struct, _pairs(numbers, name), name=f"{name}={head}:",
                 around=None if several or taken.axis is None else (taken.axis, present))
-    return (*present, made) if several else made
+    return (*(present or ()), made) if several else made
 
 
 def _pairs(text: str, name: str) -> dict[str, str]:
-    """`before=8,after=4` as a dictionary."""
-    pairs = [pair.partition("=") for pair in text.split(",") if text.strip()]
-    for key, equals, _ in pairs:
-        if not equals:
-            raise ArgumentError(name, shown(key), allowed="NAME=VALUE after the colon, with commas between",
+    """`before=8,after=4` as a dictionary; what follows a part or schedule with numbers is its own."""
+    pairs: dict[str, str] = {}
+    rest = text.strip()
+    while rest:
+        pair, comma, rest = rest.partition(",")
+        key, equals, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or key in pairs:
+            raise ArgumentError(name, f"{key} twice" if equals else shown(key),
+                                allowed="NAME=VALUE after the colon, with commas between, each name once",
                                 advice="write it that way")
-    return {key.strip().replace("-", "_"): value for key, _, value in pairs}
+        if ":" in value:
+            value, rest = f"{value}{comma}{rest}", ""
+        pairs[key] = value
+    return pairs
 
 
 def _named(call: Callable[[], T], name: str, taken: Mapping[str, Taken]) -> T:

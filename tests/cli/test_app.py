@@ -358,7 +358,7 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--strategy", "greedy"], "--strategy: got 'greedy'; allowed factor, hierarchical, local_leap, quota"),
     (["--strategy", "local_lap"], "--strategy: got 'local_lap'; .*; did you mean local_leap"),
     (["--cache", "full"], "--cache: got 'full'; allowed none, block_causal, dual, "),
-    (["--strategy", "factor"], "--strategy: got nothing; allowed a number; give it: --set strategy=factor:factor="),
+    (["--strategy", "factor"], "--set strategy=factor:factor: got nothing; allowed a number; give it: --set strategy="),
     (["--steps", "3"], "--steps: got 3 with strategy threshold; allowed with a strategy that has steps"),
     (["--recipe", "llada", "--steps", "0"], "--steps: got 0; allowed an integer of at least 1"),
     (["--recipe", "llada", "--steps", "99999999999"], "--steps: got 99999999999"),

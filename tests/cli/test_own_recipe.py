@@ -31,13 +31,18 @@ def numbered(sure: float, *, blocks: int | None = None, cache="dual"):
 def wrong():
     return 3
 value = recipes.llada()
+def failing():
+    return {}["strategy"]
 """
+BROKEN = {"syntax": "def f(:", "raising": "1 / 0", "leaving": "raise SystemExit(3)"}
 SHORT = {"index", "text", "tokens", "length", "nfe", "refreshes", "tokens_per_forward", "stop_reason", "masked_left"}
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own_recipes_of_a_test.py").write_text(MODULE)
+    for name, text in BROKEN.items():
+        (tmp_path / f"broken_recipe_{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -55,7 +60,11 @@ def test_a_recipe_of_ones_own(here: Path) -> None:
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--recipe", "own_recipes_of_a_test:absent"], "--recipe: got 'own_recipes_of_a_test:absent' (module"),
     (["--recipe", "no_such_module_here:f"], "--recipe: got 'no_such_module_here:f' (No module named"),
-    (["--recipe", "own_recipes_of_a_test:wrong"], "--recipe: got 'own_recipes_of_a_test:wrong', which gives a int"),
+    (["--recipe", "own_recipes_of_a_test:wrong"], "--recipe: got 'own_recipes_of_a_test:wrong', which gives 3; "),
+    (["--recipe", "own_recipes_of_a_test:failing"],
+     "--recipe: got 'own_recipes_of_a_test:failing', which fails (KeyError: 'strategy'); allowed a function"),
+    (["--recipe", "./own_recipes_of_a_test:mine"], "--recipe: got './own_recipes_of_a_test:mine' ("),
+    *((["--recipe", f"broken_recipe_{name}:f"], f"--recipe: got 'broken_recipe_{name}:f' (") for name in BROKEN),
     (["--recipe", ":"], "--recipe: got ':' ("),
     (["--recipe", "own_recipes_of_a_test:numbered"],
      "--set sure: got nothing; allowed a number; give it: --set sure=VALUE"),

@@ -16,6 +16,7 @@ from djax.cli.flags import RecipeFlags
 from djax.cli.recipe import build_recipe
 from djax.contracts import struct
 from djax.contracts.types import Decision
+from djax.errors import ArgumentError
 from djax.loop.state import Parts
 from djax.parts import registry
 from djax.parts.cache_policies import NoCache, Periodic, Vicinity, WithWarmup
@@ -56,6 +57,10 @@ SETTINGS: list[tuple[list[str], str, Any]] = [
     (["cache_policy=periodic:every=3"], "cache_policy", Periodic(VICINITY, every=3)),
     (["transform=credit", "transform=chain", "transform.transforms=top_k:k=5"], "transform",
      Chain((Credit(), TopK(5)))),
+    (["transform=chain:transforms=credit"], "transform", Chain((Credit(),))),
+    (["propose=sample:temperature=0.7,filters=top_k:k=5"], "propose", Sample(0.7, filters=(TopK(5),))),
+    (["strategy=hierarchical:low=0.3,high=linear:start=1,slope=-0.02"], "strategy",
+     Hierarchical(high=Linear(1.0, -0.02), low=0.3)),
     (["stop_rule=any_of", "stop_rule.rules=on_eos:eos_ids=3"], "stop_rule", AnyOf((Never(), OnEos(np.int32(3))))),
     # a number of the part that is there, or of the one inside
     (["strategy.threshold=0.7"], "strategy", Threshold(0.7)),
@@ -98,9 +103,19 @@ def test_settings_are_applied_in_order_after_the_recipe_and_its_flags() -> None:
     assert built("threshold=0.5", threshold=0.6) == recipes.dinfer(threshold=0.5), "what is set stands above a flag"
 
 
+@pytest.mark.parametrize(("settings", "lost"), [
+    (["cache_policy=vicinity", "before=4"], "before: got 4"), (["before=4", "cache_policy=dual"], "before: got 4"),
+    (["strategy=quota", "threshold=0.5", "smoothing=none"], "threshold: got 0.5")])
+def test_a_parameter_of_which_nothing_is_left_is_refused(settings: list[str], lost: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"--set {lost}, a parameter of a part that other settings replace"):
+        built(*settings)
+    assert built("strategy=remasking:threshold=0.4", "threshold=0.5").strategy.strategy == Threshold(
+        Linear(1.0, -0.02, minimum=0.5)), "what wraps a part keeps it"
+
+
 WRONG: list[tuple[str, str]] = [
     ("quota", "--set: got 'quota'; allowed PATH=VALUE, such as strategy.threshold=0.8; see 'djax parts'"),
-    ("=3", "--set: got ''; allowed threshold, smoothing, before"),
+    ("=3", "--set: got '=3'; allowed PATH=VALUE"),
     ("stratgy=quota", "--set stratgy: got 'stratgy'; allowed threshold, .*, mask_token; did you mean strategy?"),
     ("stratgy.steps=3", "--set stratgy.steps: got 'stratgy'; .*; did you mean strategy?"),
     ("strategy=lokal_leap", "--set strategy: got 'lokal_leap'; allowed factor, .*; did you mean local_leap?"),
@@ -111,6 +126,9 @@ WRONG: list[tuple[str, str]] = [
     ("strategy=factor", "--set strategy=factor:factor: got nothing; allowed a number; give it: --set strategy=factor:"),
     ("strategy=remasking", "--set strategy=remasking:threshold: got nothing; allowed a number; give it"),
     ("strategy=quota:3", "--set strategy: got '3'; allowed NAME=VALUE after the colon"),
+    ("strategy=quota:steps=4,steps=5", "--set strategy: got steps twice; allowed NAME=VALUE after the colon"),
+    ("strategy.=quota", "--set: got 'strategy.=quota'; allowed PATH=VALUE"),
+    ("strategy.threshold=0_9", "--set strategy.threshold: got '0_9'; allowed a number"),
     ("strategy=quota:stepz=3", "--set strategy=quota:stepz: got 'stepz'; allowed steps; did you mean steps?"),
     ("strategy=quota:steps=0", "--set strategy=quota:steps: got 0; allowed an integer of at least 1"),
     ("strategy=quota:steps=1.5", "--set strategy=quota:steps: got '1.5'; allowed an integer"),

@@ -30,7 +30,7 @@ class BlockCausal:
         if model_block_length is None:
             raise ArgumentError(
                 "recipe", f"the cache policy BlockCausal with {architecture}, whose attention is not causal over "
-                "blocks", allowed="another cache policy there", advice="use a recipe with one, such as dinfer()")
+                "blocks", allowed="another cache policy there", advice="use one, such as Vicinity")
         if block_length % model_block_length:
             raise ArgumentError(
                 "block_length", f"{block_length} with the cache policy BlockCausal",
