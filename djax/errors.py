@@ -6,6 +6,7 @@ its options. The command line shows the same error with the flag in place of the
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import unicodedata
@@ -31,12 +32,7 @@ class ArgumentError(ValueError):
         return type(self)(name, self.got, allowed=self.allowed, advice=self.advice)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.name, self.got, self.allowed, self.advice)
-
-
-def _rebuild(kind: type[ArgumentError], name: str, got: str, allowed: str, advice: str) -> ArgumentError:
-    """An error that comes out of another process."""
-    return kind(name, got, allowed=allowed, advice=advice)
+        return functools.partial(type(self), allowed=self.allowed, advice=self.advice), (self.name, self.got)
 
 
 def one_line(text: str, longest: int | None = None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-import unicodedata
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -20,6 +19,9 @@ from djax.engine.tokenizer import Tokenizer
 FINAL, DRAFT, NEW, MASKED, STATUS = "", "cyan", "bold black on green", "dim", "dim"
 _FRAME_SECONDS = 1 / 15
 _LEAST_LINES = 3
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
+    127: "\N{SYMBOL FOR DELETE}"} | dict.fromkeys(range(128, 160), "\N{REPLACEMENT CHARACTER}")
+"""What control characters (Cc) are shown as."""
 
 
 def printable(text: str) -> str:
@@ -27,7 +29,7 @@ def printable(text: str) -> str:
 
     A model's output must not move the cursor or talk to the terminal.
     """
-    return "".join(_visible(character) for character in text)
+    return text.translate(_VISIBLE)
 
 
 class LiveCanvas:
@@ -137,13 +139,6 @@ class LiveCanvas:
             if stream is not None:
                 text.append(printable(stream.finish()), style=DRAFT)
         return text
-
-
-def _visible(character: str) -> str:
-    if character in "\n\t" or unicodedata.category(character) != "Cc":
-        return character
-    code = ord(character)
-    return chr(0x2400 + code) if code < 32 else "\N{SYMBOL FOR DELETE}" if code == 127 else "\N{REPLACEMENT CHARACTER}"
 
 
 def _runs(values: Bool[np.ndarray, " n"] | Int[np.ndarray, " n"]) -> list[tuple[int, int]]:
