@@ -79,18 +79,13 @@ class Sampling:
                                 advice="such as djax.recipes.dinfer()")
         for name in ("block_length", "temperature", "top_k", "top_p", "min_p", "guidance"):
             object.__setattr__(self, name, _scalar(name, getattr(self, name)))
-        if self.block_length is not None:
-            check_integer("block_length", self.block_length, 1)
+        check_integer("block_length", self.block_length, 1, optional=True)
         # above, noise times temperature could overflow; below float32's smallest normal number, 0 is meant
         check_number("temperature", self.temperature, 0.0, LARGEST_TEMPERATURE)
-        if self.top_k is not None:
-            check_integer("top_k", self.top_k, 1)
-        if self.top_p is not None:
-            check_number("top_p", self.top_p, 0.0, 1.0, above=True)
-        if self.min_p is not None:
-            check_number("min_p", self.min_p, 0.0, 1.0)
-        if self.guidance is not None:
-            check_number("guidance", self.guidance, -1.0)
+        check_integer("top_k", self.top_k, 1, optional=True)
+        check_number("top_p", self.top_p, 0.0, 1.0, above=True, optional=True)
+        check_number("min_p", self.min_p, 0.0, 1.0, optional=True)
+        check_number("guidance", self.guidance, -1.0, optional=True)
 
     @classmethod
     def of(cls, call: str, record: Sampling | None, given: Mapping[str, Any], **defaults: Any) -> Sampling:
