@@ -186,8 +186,8 @@ def resolve_ids(sampling: Sampling, config: ModelConfig) -> tuple[int, tuple[int
     mask_id, given = jax.device_get((mask_id, given))
     if isinstance(given, str | bytes):
         raise ArgumentError("eos_id", shown(given), allowed="a token id, or several")
-    eos_ids = tuple(map(_plain, given)) if np.ndim(given) else (_plain(given),)
-    mask_id = _plain(mask_id)
+    eos_ids = tuple(_scalar("eos_id", token) for token in (given if np.ndim(given) else [given]))
+    mask_id = _scalar("mask_id", mask_id)
     if not eos_ids:
         raise ArgumentError("eos_id", "an empty list", allowed="at least one id", advice="or stop_on_eos=False")
     for name, token in [("mask_id", mask_id), *(("eos_id", token) for token in eos_ids)]:
@@ -223,11 +223,6 @@ def _as_array(leaf: Any) -> Any:
     if isinstance(leaf, bool | int | np.integer):
         return np.int32(leaf)
     return np.float32(leaf) if isinstance(leaf, float | np.floating) else leaf
-
-
-def _plain(token: Any) -> Any:
-    """A scalar of NumPy's as Python's own; anything else as it is."""
-    return token.item() if isinstance(token, np.ndarray | np.generic) and not token.ndim else token
 
 
 def _scalar(name: str, value: Any) -> Any:
