@@ -35,7 +35,7 @@ each_task = pytest.mark.parametrize("name", TASKS)
 
 def drawn(name: str, count: int = COUNT, *, seed: int = 11) -> list[Example]:
     rng = np.random.default_rng(seed)
-    return [TASKS[name].generate(rng) for _ in range(count)]
+    return [TASKS[name].example(TASKS[name].draw(rng)) for _ in range(count)]
 
 
 def integers(text: str) -> list[int]:
