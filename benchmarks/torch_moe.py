@@ -225,7 +225,8 @@ def act(
             run = torch.compile(run, mode=mode)
         ready, note = capture(run) if graphs and network.device == "cuda" else (run, "no CUDA graph")
         taken = timing.measure(lambda _: ready(), wait, sizes.budget)
-    cost = roofline.forward(config, batch=batch, window=window, context=context, head_rows=sizes.block(window))
+    cost = roofline.total(roofline.forward_parts(
+        config, batch=batch, window=window, context=context, head_rows=sizes.block(window)).values())
     return {**taken.per(1), **dataclasses.asdict(cost), **measured.shares(cost, taken.seconds.median),
             "note": note, "forwards_per_second": 1 / taken.seconds.median}
 

@@ -73,12 +73,6 @@ class Description:
         return sum(self.bytes_per_dtype.values())
 
 
-def check_dtype(dtype: str | None) -> None:
-    """Raise ArgumentError unless `dtype` is None or one of `DTYPES`."""
-    if dtype is not None:
-        check_choice("dtype", dtype, DTYPES)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HuggingFaceCheckpoint:
     """An open Hugging Face directory whose headers, configuration and mapping have all been checked."""
@@ -152,7 +146,7 @@ def load_params(
     Raises CheckpointError (which names the file and the key) before anything large is allocated;
     ValueError for an unknown dtype, or a mesh that does not divide a parameter.
     """
-    check_dtype(dtype)
+    check_choice("dtype", dtype, DTYPES, optional=True)
     directory = resolve_source(source)
     if checkpoint.is_converted(directory):
         return checkpoint.restore(directory, config, dtype=dtype, mesh=mesh, rules=rules)

@@ -12,10 +12,12 @@ from convert import checkpoint
 from convert.atomic import check_destination, require_space
 from convert.errors import DestinationError
 from convert.files import file_digests
-from convert.load import Meter, Progress, check_dtype, open_huggingface, read_state
+from convert.load import Meter, Progress, open_huggingface, read_state
 from convert.source import resolve_source
 from djax.devices.distributed import processes
 from djax.devices.sharding import Rules, named_leaves
+from djax.errors import check_choice
+from djax.models.config import DTYPES
 
 
 def convert(
@@ -39,7 +41,7 @@ def convert(
     Raises CheckpointError, naming the file and the key; ValueError for an unknown dtype, or a mesh that does not divide
     a parameter.
     """
-    check_dtype(dtype)
+    check_choice("dtype", dtype, DTYPES, optional=True)
     target = Path(dst).expanduser().resolve()
     check_destination(target, overwrite=overwrite, marker=checkpoint.MANIFEST_NAME)
     directory = resolve_source(src)

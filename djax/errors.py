@@ -6,6 +6,7 @@ its options. The command line shows the same error with the flag in place of the
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import unicodedata
@@ -31,12 +32,7 @@ class ArgumentError(ValueError):
         return type(self)(name, self.got, allowed=self.allowed, advice=self.advice)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.name, self.got, self.allowed, self.advice)
-
-
-def _rebuild(kind: type[ArgumentError], name: str, got: str, allowed: str, advice: str) -> ArgumentError:
-    """An error that comes out of another process."""
-    return kind(name, got, allowed=allowed, advice=advice)
+        return functools.partial(type(self), allowed=self.allowed, advice=self.advice), (self.name, self.got)
 
 
 def one_line(text: str, longest: int | None = None) -> str:
@@ -60,7 +56,8 @@ def first_line(error: BaseException, longest: int = 300) -> str:
 
 
 def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False, advice: str = "",
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False,
+    optional: bool = False, advice: str = "",
 ) -> Any:
     """`value`, if it is a finite number (or array of numbers) in [low, high] that float32 can hold.
 
@@ -72,12 +69,13 @@ def check_number(
         low: smallest value allowed.
         high: largest value allowed; infinity still asks for a finite number.
         above: `low` itself is not allowed.
+        optional: None is allowed too.
         advice: what to do, where there is more to say than the range.
 
     Raises:
         ArgumentError: another type, a number that is not finite in float32, or one outside the range.
     """
-    array = _concrete(value)
+    array = None if optional and value is None else _concrete(value)
     if array is None:
         return value
     if array.dtype.kind in "fiu" or array.dtype.name in ("bfloat16", "float16"):
@@ -92,16 +90,17 @@ def check_number(
 
 
 def check_integer(
-    name: str, value: Any, low: int = 0, high: int = 2**31 - 1, *, advice: str = "",
+    name: str, value: Any, low: int = 0, high: int = 2**31 - 1, *, optional: bool = False, advice: str = "",
 ) -> Any:
     """`value`, if it is an integer (or array of integers) in [low, high]; `True` and 2.0 are none.
 
-    Arrays of any library are taken, with one value or one per row; traced ones are not looked at.
+    Arrays of any library are taken, with one value or one per row; traced ones are not looked at. With `optional` None
+    is allowed too.
 
     Raises:
         ArgumentError: another type, or an integer outside the range.
     """
-    array = _concrete(value)
+    array = None if optional and value is None else _concrete(value)
     if array is None or (array.dtype.kind in "iu" and ((array >= low) & (array <= high)).all()):
         return value
     too_large = array.dtype.kind in "iu" and (array > high).any()
@@ -109,13 +108,15 @@ def check_integer(
     raise ArgumentError(name, shown(value), allowed=f"an integer {span}", advice=advice)
 
 
-def check_choice(name: str, value: Any, allowed: Any, *, advice: str = "pick one of them") -> Any:
-    """`value`, if it is among `allowed` (a collection of texts).
+def check_choice(
+    name: str, value: Any, allowed: Any, *, optional: bool = False, advice: str = "pick one of them"
+) -> Any:
+    """`value`, if it is among `allowed` (a collection of texts), or None with `optional`.
 
     Raises:
         ArgumentError: it is not.
     """
-    if isinstance(value, str) and value in allowed:
+    if (isinstance(value, str) and value in allowed) or (optional and value is None):
         return value
     raise ArgumentError(name, shown(value), allowed=", ".join(allowed), advice=advice)
 

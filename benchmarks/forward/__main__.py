@@ -81,9 +81,9 @@ def _prepare(
     program = compiled(
         windowed_forward(network.graphdef(variant), variant, sizes, head),
         (shapes[0], network.params, network.abstract_quantized(variant.experts), *shapes[1]), donate_argnums=0)
-    cost = roofline.forward(
+    cost = roofline.total(roofline.forward_parts(
         sizes.config, batch=batch, window=window, context=context, head_rows=head, experts=experts,
-        weight_bytes=2 if variant.experts is None else 1)
+        weight_bytes=2 if variant.experts is None else 1).values())
 
     def act() -> dict[str, Any]:
         operands = (network.params, network.quantized(variant.experts), *network.window(batch, window, context))

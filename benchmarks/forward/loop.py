@@ -30,7 +30,6 @@ from djax import Canvas, cache_policies, denoise, strategies, transforms
 from djax.contracts.types import CachePolicy
 from djax.models import ModelDenoiser
 from djax.plan import roofline
-from djax.plan.roofline import tokens_per_second
 
 TOKENS_PER_FORWARD = (3.87, 5.67)
 """dInfer's, with its cache and on the compressed checkpoint (arXiv 2510.08666)."""
@@ -41,6 +40,13 @@ def split(seconds: tuple[float, float], steps: tuple[int, int], blocks: int) -> 
     """Seconds of a refresh and of a window step from the times of two generations."""
     window = (seconds[1] - seconds[0]) / (blocks * (steps[1] - steps[0]))
     return seconds[0] / blocks - (steps[0] - 1) * window, window
+
+
+def tokens_per_second(
+    refresh: float, window: float, *, block: int, tokens_per_forward: float, batch: int = 1
+) -> float:
+    """The rate of blocks that take block / tokens_per_forward steps, the first of which is a full refresh."""
+    return batch * block / (refresh + (block / tokens_per_forward - 1) * window)
 
 
 def cases(network: Network, ceilings: Ceilings, command_buffers: str) -> list[Case]:
@@ -108,8 +114,8 @@ def _act(
         spreads.append(seconds)
     refresh, window = split((spreads[0].median, spreads[1].median), sizes.steps_per_block, blocks)
     alone = back_to_back(network, forward, batch, width, canvas.length)
-    cost = roofline.forward(
-        sizes.config, batch=batch, window=width, context=canvas.length, head_rows=block)
+    cost = roofline.total(roofline.forward_parts(
+        sizes.config, batch=batch, window=width, context=canvas.length, head_rows=block).values())
     forwards = blocks * sizes.steps_per_block[1]
     return {
         "generations": [

@@ -102,7 +102,7 @@ def generate(
     _check_sampling(sampling)
     check_integer("--max-new-tokens", length.max_new_tokens, 1, advice=_IN_RANGE)
     from djax.cli.inputs import read_prompts
-    from djax.cli.outputs import Reached, print_generation
+    from djax.cli.outputs import Output
 
     where = launch(model.mesh, distributed=model.distributed)
     prompts = where.read(
@@ -114,12 +114,11 @@ def generate(
     if live:
         _generate_live(lm, lm.stream(prompts, **arguments), sampling.block_length)
         return
-    reached = Reached(as_json=json or json_full, full=json_full, prints=where.first, tokenizer=lm.tokenizer,
-                      eos_ids=(lm.config.eos_id, *lm.config.other_eos_ids))
-    with reaching(reached.tell):
-        generation = lm.generate(prompts, **arguments, watch=reached.put)
-    if where.first:
-        print_generation(generation, as_json=json or json_full, full=json_full)
+    output = Output(as_json=json or json_full, full=json_full, prints=where.first, tokenizer=lm.tokenizer,
+                    eos_ids=(lm.config.eos_id, *lm.config.other_eos_ids))
+    with reaching(output.tell):
+        generation = lm.generate(prompts, **arguments, watch=output.put)
+    output.print(generation)
 
 
 @app.command(cls=OneLineCommand)
@@ -139,7 +138,7 @@ def infill(
     """Fill in the masked positions of a text; everything else stays as it is."""
     _check_sampling(sampling)
     from djax.cli.inputs import read_masked_ids, read_stdin, read_template
-    from djax.cli.outputs import Reached, print_generation
+    from djax.cli.outputs import Output
 
     if template is not None and token_ids is not None:
         raise ArgumentError("--token-ids", "TEMPLATE and --token-ids together", allowed="one of them",
@@ -159,12 +158,11 @@ def infill(
         return [ids], [mask]
 
     rows, masks = where.read(read, "token ids")
-    reached = Reached(as_json=json or json_full, full=json_full, prints=where.first, eos_ids=(),
-                      tokenizer=lm.tokenizer, whole=True)
-    with reaching(reached.tell):
-        generation = lm.infill(rows, masks, **arguments, watch=reached.put)
-    if where.first:
-        print_generation(generation, as_json=json or json_full, full=json_full)
+    output = Output(as_json=json or json_full, full=json_full, prints=where.first, eos_ids=(),
+                    tokenizer=lm.tokenizer, whole=True)
+    with reaching(output.tell):
+        generation = lm.infill(rows, masks, **arguments, watch=output.put)
+    output.print(generation)
 
 
 @app.command(cls=OneLineCommand)
@@ -181,7 +179,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to djax's own format (Orbax), with a manifest of digests."""
-    _check_dtype(dtype)
+    check_choice("--dtype", dtype, DTYPES, optional=True)
     import convert as converter
     from djax import assets
 
@@ -228,14 +226,12 @@ def _arguments(flags: RecipeFlags, sampling: SamplingFlags) -> dict[str, Any]:
     """Keyword arguments that `generate`, `stream` and `infill` share."""
     from djax.cli.recipe import build_recipe
 
-    return {
-        "recipe": build_recipe(flags), "block_length": sampling.block_length, "temperature": sampling.temperature,
-        "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p, "guidance": sampling.guidance,
-        "key": sampling.seed}
+    options = dict(vars(sampling))
+    return {"recipe": build_recipe(flags), "key": options.pop("seed"), **options}
 
 
 def _load(model: ModelFlags, where: Launch) -> DiffusionLM:
-    _check_dtype(model.dtype)
+    check_choice("--dtype", model.dtype, DTYPES, optional=True)
     use_compile_cache(not model.no_compile_cache)
     from djax.api import load
 
@@ -282,24 +278,15 @@ def _wants_live(live: bool | None, *, json: bool, distributed: bool) -> bool:
     return terminal and not json if live is None else live
 
 
-def _check_dtype(dtype: str | None) -> None:
-    if dtype is not None:
-        check_choice("--dtype", dtype, DTYPES)
-
-
 def _check_sampling(sampling: SamplingFlags) -> None:
     """Wrong numbers are refused before jax is imported and a model is loaded."""
     check_integer("--block-length", sampling.block_length, 1, advice=_IN_RANGE)
-    if sampling.top_k is not None:
-        check_integer("--top-k", sampling.top_k, 1, advice=_IN_RANGE)
+    check_integer("--top-k", sampling.top_k, 1, optional=True, advice=_IN_RANGE)
     check_integer("--seed", sampling.seed, 0, 2**63 - 1, advice=_IN_RANGE)
     check_number("--temperature", sampling.temperature, 0.0, advice=_IN_RANGE)
-    if sampling.top_p is not None:
-        check_number("--top-p", sampling.top_p, 0.0, 1.0, above=True, advice=_IN_RANGE)
-    if sampling.min_p is not None:
-        check_number("--min-p", sampling.min_p, 0.0, 1.0, advice=_IN_RANGE)
-    if sampling.guidance is not None:
-        check_number("--guidance", sampling.guidance, -1.0, advice=_IN_RANGE)
+    check_number("--top-p", sampling.top_p, 0.0, 1.0, above=True, optional=True, advice=_IN_RANGE)
+    check_number("--min-p", sampling.min_p, 0.0, 1.0, optional=True, advice=_IN_RANGE)
+    check_number("--guidance", sampling.guidance, -1.0, optional=True, advice=_IN_RANGE)
 
 
 @contextmanager

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-import unicodedata
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from djax.engine.results import tokens_per_forward, tokens_per_second
+from djax.engine.results import runs, tokens_per_forward, tokens_per_second
 from djax.engine.streaming import StreamStep
 from djax.engine.tokenizer import Tokenizer
 
 FINAL, DRAFT, NEW, MASKED, STATUS = "", "cyan", "bold black on green", "dim", "dim"
 _FRAME_SECONDS = 1 / 15
 _LEAST_LINES = 3
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
+    127: "\N{SYMBOL FOR DELETE}"} | dict.fromkeys(range(128, 160), "\N{REPLACEMENT CHARACTER}")
+"""What control characters (Cc) are shown as."""
 
 
 def printable(text: str) -> str:
@@ -27,7 +28,7 @@ def printable(text: str) -> str:
 
     A model's output must not move the cursor or talk to the terminal.
     """
-    return "".join(_visible(character) for character in text)
+    return text.translate(_VISIBLE)
 
 
 class LiveCanvas:
@@ -124,30 +125,16 @@ class LiveCanvas:
         until = min(len(tokens), max(ahead, final) + max(self._block_length, 2 * self.console.width))
         styles = np.where(masked, 3, np.where(fresh, 2, np.where(np.arange(len(tokens)) < final, 0, 1)))[:until]
         text = Text()
-        for start, stop in _runs(masked[:until]):
+        for start, stop in runs(masked[:until]):
             if masked[start]:
                 text.append(self._glyph * (stop - start), style=MASKED)
                 continue
             # One stream per run: a character whose bytes lie in two differently styled tokens stays whole.
             stream = None if self._tokenizer is None else self._tokenizer.stream()
-            for first, end in _runs(styles[start:stop]):
+            for first, end in runs(styles[start:stop]):
                 ids = tokens[start + first:start + end]
                 piece = " ".join(map(str, ids)) + " " if stream is None else stream.push(ids.tolist())
                 text.append(printable(piece), style=(FINAL, DRAFT, NEW)[styles[start + first]])
             if stream is not None:
                 text.append(printable(stream.finish()), style=DRAFT)
         return text
-
-
-def _visible(character: str) -> str:
-    if character in "\n\t" or unicodedata.category(character) != "Cc":
-        return character
-    code = ord(character)
-    return chr(0x2400 + code) if code < 32 else "\N{SYMBOL FOR DELETE}" if code == 127 else "\N{REPLACEMENT CHARACTER}"
-
-
-def _runs(values: Bool[np.ndarray, " n"] | Int[np.ndarray, " n"]) -> list[tuple[int, int]]:
-    """[start, stop) of each maximal run of equal values."""
-    edges = np.flatnonzero(np.diff(values)) + 1
-    bounds = [0, *edges.tolist(), len(values)]
-    return [(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]

@@ -29,10 +29,10 @@ def print_json(generation: Generation, *, full: bool) -> None:
         write_line(json.dumps(json_row(generation, row, full=full), ensure_ascii=False, allow_nan=False))
 
 
-class Reached:
-    """Progress of a generation, in case it is interrupted; give `put` to `generate(watch=)`.
+class Output:
+    """Prints a generation, or what it had reached when it is interrupted; give `put` to `generate(watch=)`.
 
-    JSON rows have the stop reason "interrupted"; in a text masked positions are [MASK:n].
+    Interrupted JSON rows have the stop reason "interrupted"; in a text masked positions are [MASK:n].
     """
 
     def __init__(
@@ -48,6 +48,13 @@ class Reached:
         """Remember it in the place of the one before."""
         self._latest = generation
 
+    def print(self, generation: Generation) -> None:
+        """Print JSON lines or texts, where this process prints."""
+        if self._prints and self._as_json:
+            print_json(generation, full=self._full)
+        elif self._prints:
+            print_texts(generation.text, generation.tokens)
+
     def tell(self) -> str:
         """Print it as if it were the end; what there is to say about it."""
         got = self._latest
@@ -59,14 +66,6 @@ class Reached:
             wanted = got.canvas_mask if self._whole else got.is_open
             print_texts(draft_texts(got.canvas, wanted, got.is_masked, self._eos_ids, self._tokenizer), got.tokens)
         return f"interrupted after {int(got.steps.max())} denoising steps; what was reached is on standard output"
-
-
-def print_generation(generation: Generation, *, as_json: bool, full: bool) -> None:
-    """Print JSON lines, `full` as in `json_row`, or texts."""
-    if as_json:
-        print_json(generation, full=full)
-    else:
-        print_texts(generation.text, generation.tokens)
 
 
 def json_row(generation: Generation, row: int, *, full: bool) -> dict[str, Any]:

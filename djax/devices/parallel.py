@@ -21,8 +21,6 @@ from djax.errors import ArgumentError
 Axes = tuple[str, ...]
 """Names of mesh axes, from the one that changes slowest."""
 
-_FIELDS = ("heads", "kv_heads", "experts", "ffn", "vocab", "sequence")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel:
@@ -114,7 +112,8 @@ def parallel_on(mesh: Mesh, rules: Rules, *, num_heads: int, num_kv_heads: int) 
             must be apart; names the logical axis.
     """
     split = {name: tuple(axis for axis in mesh_axes(name, mesh, rules) if mesh.shape[axis] > 1) for name in rules}
-    axes = {name: split.get(name, ()) for name in (*_FIELDS, "batch")}
+    fields = [field.name for field in dataclasses.fields(Parallel)]
+    axes = {name: split.get(name, ()) for name in (*fields, "batch")}
     for name, over in split.items():
         if over and name not in axes:
             raise ArgumentError(
@@ -145,6 +144,4 @@ def parallel_on(mesh: Mesh, rules: Rules, *, num_heads: int, num_kv_heads: int) 
         raise ArgumentError(
             "num_heads", f"{num_heads} split over {parts} devices (mesh axes {', '.join(axes['heads'])})",
             allowed="a mesh that divides it", advice="use one")
-    return Parallel(
-        heads=axes["heads"], kv_heads=axes["kv_heads"], experts=axes["experts"], ffn=axes["ffn"], vocab=axes["vocab"],
-        sequence=axes["sequence"])
+    return Parallel(**{name: axes[name] for name in fields})

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from djax.errors import ArgumentError, shown
+from djax.errors import ArgumentError, check_choice, shown
 
 LogicalAxes = tuple[str | None, ...]
 """One name per array axis; None is an axis that is never split."""
@@ -70,9 +70,7 @@ def preset_sizes(preset: str, devices: int) -> dict[str, int]:
     Raises:
         ValueError: an unknown preset, or "single" for more than one device.
     """
-    if preset not in PRESETS:
-        raise ArgumentError("preset", shown(preset), allowed=", ".join(PRESETS), advice="pick one of them")
-    axes = PRESETS[preset]
+    axes = PRESETS[check_choice("preset", preset, PRESETS)]
     if not axes and devices != 1:
         raise ArgumentError("preset", f"'single' for {devices} devices", allowed="one device there",
                             advice="use another one, such as 'tp'")

@@ -79,18 +79,13 @@ class Sampling:
                                 advice="such as djax.recipes.dinfer()")
         for name in ("block_length", "temperature", "top_k", "top_p", "min_p", "guidance"):
             object.__setattr__(self, name, _scalar(name, getattr(self, name)))
-        if self.block_length is not None:
-            check_integer("block_length", self.block_length, 1)
+        check_integer("block_length", self.block_length, 1, optional=True)
         # above, noise times temperature could overflow; below float32's smallest normal number, 0 is meant
         check_number("temperature", self.temperature, 0.0, LARGEST_TEMPERATURE)
-        if self.top_k is not None:
-            check_integer("top_k", self.top_k, 1)
-        if self.top_p is not None:
-            check_number("top_p", self.top_p, 0.0, 1.0, above=True)
-        if self.min_p is not None:
-            check_number("min_p", self.min_p, 0.0, 1.0)
-        if self.guidance is not None:
-            check_number("guidance", self.guidance, -1.0)
+        check_integer("top_k", self.top_k, 1, optional=True)
+        check_number("top_p", self.top_p, 0.0, 1.0, above=True, optional=True)
+        check_number("min_p", self.min_p, 0.0, 1.0, optional=True)
+        check_number("guidance", self.guidance, -1.0, optional=True)
 
     @classmethod
     def of(cls, call: str, record: Sampling | None, given: Mapping[str, Any], **defaults: Any) -> Sampling:
@@ -191,8 +186,8 @@ def resolve_ids(sampling: Sampling, config: ModelConfig) -> tuple[int, tuple[int
     mask_id, given = jax.device_get((mask_id, given))
     if isinstance(given, str | bytes):
         raise ArgumentError("eos_id", shown(given), allowed="a token id, or several")
-    eos_ids = tuple(map(_plain, given)) if np.ndim(given) else (_plain(given),)
-    mask_id = _plain(mask_id)
+    eos_ids = tuple(_scalar("eos_id", token) for token in (given if np.ndim(given) else [given]))
+    mask_id = _scalar("mask_id", mask_id)
     if not eos_ids:
         raise ArgumentError("eos_id", "an empty list", allowed="at least one id", advice="or stop_on_eos=False")
     for name, token in [("mask_id", mask_id), *(("eos_id", token) for token in eos_ids)]:
@@ -228,11 +223,6 @@ def _as_array(leaf: Any) -> Any:
     if isinstance(leaf, bool | int | np.integer):
         return np.int32(leaf)
     return np.float32(leaf) if isinstance(leaf, float | np.floating) else leaf
-
-
-def _plain(token: Any) -> Any:
-    """A scalar of NumPy's as Python's own; anything else as it is."""
-    return token.item() if isinstance(token, np.ndarray | np.generic) and not token.ndim else token
 
 
 def _scalar(name: str, value: Any) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -166,10 +165,8 @@ class Program:
             array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
 
-        return tuple(
-            jax.tree.map(partial(shaped, spec=spec), argument) if isinstance(spec, P)
-            else jax.tree.map(shaped, argument, spec)
-            for argument, spec in zip(arguments, self._in_specs(_BEGINNING, *arguments), strict=True))
+        specs = self._in_specs(_BEGINNING, *arguments)
+        return jax.tree.map(shaped, arguments, jax.tree.broadcast(specs, arguments))
 
     def _in_specs(self, kinds: Sequence[Specs], denoiser: Denoiser, params: Params, *rest: Any) -> tuple[Specs, ...]:
         """Of a program's arguments; `kinds` are those of the rest."""

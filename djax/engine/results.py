@@ -123,12 +123,17 @@ def draft_texts(
         if len(ends):  # masked positions right before the EOS hold nothing yet
             before = decoded[decoded < stop]
             stop = int(before[-1]) + 1 if len(before) else 0
-        edges = [0, *(np.flatnonzero(np.diff(hidden[:stop])) + 1).tolist(), stop] if stop else []
         texts.append("".join(
             f"[MASK:{end - start}]" if hidden[start]
             else " ".join(map(str, row[start:end])) if tokenizer is None else tokenizer.decode(row[start:end])
-            for start, end in itertools.pairwise(edges)))
+            for start, end in runs(hidden[:stop])))
     return texts
+
+
+def runs(values: Bool[np.ndarray, " n"] | Int[np.ndarray, " n"]) -> list[tuple[int, int]]:
+    """[start, stop) of each maximal run of equal values."""
+    edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    return list(itertools.pairwise(edges)) if len(values) else []
 
 
 def is_completion(

@@ -20,6 +20,7 @@ from djax.devices.distributed import with_peers
 from djax.engine.interrupts import check, wait
 from djax.engine.program import Program
 from djax.engine.weights import check_alive
+from djax.errors import check_integer
 from djax.loop.state import Parts, Progress
 from djax.models import Guided
 
@@ -49,8 +50,7 @@ def arguments(
     ids = np.arange(canvas.batch) if row_ids is None else np.asarray(row_ids)
     if ids.shape != (canvas.batch,):
         raise ValueError(f"row_ids: got {ids.size} ids; allowed one for each of the {canvas.batch} prompts")
-    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31:
-        raise ValueError(f"row_ids: got {row_ids!r}; allowed integers from 0 to {2**31 - 1}")
+    check_integer("row_ids", row_ids, optional=True)
     padded = program.pad_rows(canvas)
     row_numbers: Any = np.concatenate([ids, np.zeros(padded.batch - canvas.batch, ids.dtype)]).astype(np.int32)
     denoiser: Denoiser = program.denoiser

@@ -65,10 +65,8 @@ def denoising_step(
     hidden, cache, recomputed = _forward(
         denoiser, params, canvas, positions, state, window, active, start=start, width=width)
     keys = jax.vmap(lambda key, step: jax.random.split(jax.random.fold_in(key, step), 2))(state.row_keys, info.row_step)
-    needs_logits = any(map(answers.needs_logits, (denoiser, parts.transform, parts.propose)))
-    output = (candidates_from_logits if needs_logits else candidates_from_reading)(
-        denoiser, params, parts, hidden, state, info, keys[:, 0], offset=info.block_start - start,
-        block_length=canvas.block_length)
+    output = _ask_head(denoiser, params, parts, hidden, state, info, keys[:, 0], offset=info.block_start - start,
+                       block_length=canvas.block_length)
     counted = active.astype(jnp.int32)
     state = dataclasses.replace(
         state, cache=cache, step=state.step + counted, nfe=state.nfe + counted * denoiser.forwards,
@@ -136,13 +134,22 @@ def _forward(
     return hidden, cache, recomputed
 
 
-def candidates_from_reading(
+def _ask_head(
     denoiser: Denoiser, params: Params, parts: Parts, hidden: Hidden, state: DenoiseState, info: StepInfo,
     keys: Key[Array, " B"], *, offset: Int[Array, ""], block_length: int,
 ) -> HeadOutput:
-    """Candidates from a reading of the head; the block is at `offset` in the window."""
-    transform, propose = cast(ReadingTransform, parts.transform), cast(ReadingPropose, parts.propose)
+    """Candidates from a reading of the head, or from all logits of the block where a part or the denoiser needs them.
+
+    The block is at `offset` in the window.
+    """
     tokens, is_masked = (_columns(array, info.block_start, block_length) for array in (state.tokens, state.is_masked))
+    if any(map(answers.needs_logits, (denoiser, parts.transform, parts.propose))):
+        logits, expected = _logits(
+            denoiser, params, hidden, offset=offset, block_length=block_length, soft=parts.smoothing.soft)
+        is_nan = jnp.isnan(logits).any((1, 2))
+        logits, after = parts.transform.step(logits, is_masked, state.transform)
+        return HeadOutput(parts.propose.step(keys, logits, tokens), after, is_nan, expected)
+    transform, propose = cast(ReadingTransform, parts.transform), cast(ReadingPropose, parts.propose)
     asked = answers.wanted_ids(transform, state.transform)
     ids = tokens[..., None] if asked is None else jnp.concatenate([tokens[..., None], asked], axis=-1)
     query = HeadQuery(ids=ids, forbidden=answers.forbidden(transform), noise=propose.noise(keys, block_length))
@@ -176,19 +183,6 @@ def _read(
     narrow = {field.name: _columns(getattr(reading, field.name), offset, block_length)
               for field in dataclasses.fields(reading) if field.name != "temperature"}
     return Reading(**narrow, temperature=reading.temperature), expected
-
-
-def candidates_from_logits(
-    denoiser: Denoiser, params: Params, parts: Parts, hidden: Hidden, state: DenoiseState, info: StepInfo,
-    keys: Key[Array, " B"], *, offset: Int[Array, ""], block_length: int,
-) -> HeadOutput:
-    """Candidates from all logits of the block: what any denoiser, transform and proposal can do."""
-    tokens, is_masked = (_columns(array, info.block_start, block_length) for array in (state.tokens, state.is_masked))
-    logits, expected = _logits(
-        denoiser, params, hidden, offset=offset, block_length=block_length, soft=parts.smoothing.soft)
-    is_nan = jnp.isnan(logits).any((1, 2))
-    logits, after = parts.transform.step(logits, is_masked, state.transform)
-    return HeadOutput(parts.propose.step(keys, logits, tokens), after, is_nan, expected)
 
 
 def _logits(

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Key
 
 from djax.contracts.ambient import without_mesh
@@ -56,13 +57,7 @@ def logical_axes(config: ModelConfig) -> dict[Any, Any]:
     Each leaf is a tuple with one name (or None) per array axis, so `jax.tree.map` needs
     `is_leaf=lambda node: isinstance(node, tuple)`.
     """
-    tree: dict[Any, Any] = {}
-    for path, parameter in nnx.to_flat_state(abstract_params(config)):
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = parameter.axes
-    return tree
+    return unflatten_dict({path: parameter.axes for path, parameter in nnx.to_flat_state(abstract_params(config))})
 
 
 @without_mesh()

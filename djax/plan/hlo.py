@@ -21,7 +21,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all
 _BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
           "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)")
-_COMPUTATION = re.compile(r"(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _ARRAY = re.compile(r"\b(?P<dtype>[a-z]\w*)\[(?P<shape>[\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _PALLAS = re.compile(r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*)"')
@@ -192,16 +192,11 @@ class _Reader:
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
     """Every computation's instructions, and the entry's name."""
     found: dict[str, list[_Instruction]] = {}
-    entry, current = None, None
-    for line in text.splitlines():
-        header = _COMPUTATION.match(line)
-        if header is not None:
-            current = found.setdefault(header["name"], [])
-            entry = header["name"] if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
-            current = None
-        elif current is not None and (match := _INSTRUCTION.match(line)):
-            current.append(_instruction(match["name"], match["rest"]))
+    entry = None
+    for is_entry, name, body in _COMPUTATION.findall(text):
+        lines = filter(None, map(_INSTRUCTION.match, body.splitlines()))
+        found[name] = [_instruction(line["name"], line["rest"]) for line in lines]
+        entry = name if is_entry else entry
     return found, entry
 
 

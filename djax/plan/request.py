@@ -196,14 +196,9 @@ def split_parameters(config: ModelConfig, sizes: Mapping[str, int]) -> tuple[Spl
     nbytes = sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
                  for leaf, place in zip(jax.tree.leaves(shapes), places, strict=True))
     parallel = parallel_on(mesh, rules, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
-
-    def parts(over: tuple[str, ...]) -> int:
-        return math.prod(sizes[axis] for axis in over)
-
-    return Split(
-        heads=parts(parallel.heads), experts=parts(parallel.experts), ffn=parts(parallel.ffn),
-        vocab=parts(parallel.vocab), sequence=parts(parallel.sequence), batch=parts(mesh_axes("batch", mesh, rules))
-    ), nbytes
+    axes_of = vars(parallel) | {"batch": mesh_axes("batch", mesh, rules)}
+    return Split(**{field.name: math.prod(sizes[axis] for axis in axes_of[field.name])
+                    for field in dataclasses.fields(Split)}), nbytes
 
 
 def count_steps(request: Request, tokens_per_forward: float) -> tuple[int, int]:

@@ -130,29 +130,19 @@ def projections(config: ModelConfig, layer: FeedForward, rows: float, *, split: 
     return Cost(bytes=(weights + 2 * rows * kv_width) * ACTIVATION_BYTES, flops=2 * rows * weights)
 
 
-def unembed(
-    config: ModelConfig, rows: float, *, logits_in_memory: bool = False, expected: bool = False,
-    split: Split = UNSPLIT,
-) -> Cost:
+def unembed(config: ModelConfig, rows: float, *, expected: bool = False, split: Split = UNSPLIT) -> Cost:
     """The vocabulary head on `rows` positions and what a step reads of it (a few numbers a row).
 
-    With `logits_in_memory` float32 logits are written and read once more. With `expected` the embedding is read too,
-    and a row of it written for each position.
+    With `expected` the embedding is read too, and a row of it written for each position.
     """
-    vocab = config.vocab_size / split.vocab
-    weights = vocab * config.hidden_size
-    logits = 2 * 4 * rows * vocab if logits_in_memory else 0
-    if expected:
-        plain = unembed(config, rows, logits_in_memory=logits_in_memory, split=split)
-        return plain + Cost(bytes=(weights + rows * config.hidden_size) * ACTIVATION_BYTES, flops=2 * rows * weights)
-    return Cost(bytes=(weights + rows * config.hidden_size) * ACTIVATION_BYTES + logits + 4 * 4 * rows,
-                flops=2 * rows * weights)
+    weights = config.vocab_size / split.vocab * config.hidden_size
+    matrix = Cost(bytes=(weights + rows * config.hidden_size) * ACTIVATION_BYTES, flops=2 * rows * weights)
+    return matrix * (1 + expected) + Cost(bytes=4 * 4 * rows, flops=0)
 
 
 def forward_parts(
     config: ModelConfig, *, batch: float, window: int, context: int, head_rows: int,
-    experts: float | None = None, weight_bytes: int = 2, logits_in_memory: bool = False, expected: bool = False,
-    split: Split = UNSPLIT,
+    experts: float | None = None, weight_bytes: int = 2, expected: bool = False, split: Split = UNSPLIT,
 ) -> dict[str, Cost]:
     """A forward of `window` positions, by its parts, with the head on `head_rows` positions of each row.
 
@@ -172,18 +162,8 @@ def forward_parts(
                          for layer, some in behind if layer.num_experts),
         "dense": total(dense(config, some, layer.dense_size, split=split)
                        for layer, some in behind if layer.dense_size),
-        "head": unembed(config, last, logits_in_memory=logits_in_memory, expected=expected, split=split),
+        "head": unembed(config, last, expected=expected, split=split),
         "embed": Cost(bytes=own * window * config.hidden_size * ACTIVATION_BYTES, flops=0)}
-
-
-def forward(
-    config: ModelConfig, *, batch: int, window: int, context: int, head_rows: int,
-    experts: float | None = None, weight_bytes: int = 2, logits_in_memory: bool = False,
-) -> Cost:
-    """The sum of `forward_parts` on one device."""
-    parts = forward_parts(config, batch=batch, window=window, context=context, head_rows=head_rows, experts=experts,
-                          weight_bytes=weight_bytes, logits_in_memory=logits_in_memory)
-    return total(parts.values())
 
 
 def forward_exchanges(
@@ -248,10 +228,3 @@ def estimate_forward(
     return Estimate(
         parts=parts, compute_seconds=sum(part.seconds(machine) for part in parts.values()),
         exchange_seconds=math.fsum(exchange.seconds(machine) for exchange in exchanges))
-
-
-def tokens_per_second(
-    refresh: float, window: float, *, block: int, tokens_per_forward: float, batch: int = 1
-) -> float:
-    """Seconds of a block that takes block / tokens_per_forward steps, the first of which is a full refresh."""
-    return batch * block / (refresh + (block / tokens_per_forward - 1) * window)

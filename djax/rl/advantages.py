@@ -7,6 +7,8 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from djax.errors import check_choice
+
 Scale = Literal["std", "none", "leave_one_out"]
 SCALES: tuple[Scale, ...] = ("std", "none", "leave_one_out")
 
@@ -33,8 +35,7 @@ def group_advantages(
     rows = rewards.shape[0]
     if group_size < 1 or rows % group_size:
         raise ValueError(f"group_size: got {group_size}; allowed a divisor of the {rows} rewards")
-    if scale not in SCALES:
-        raise ValueError(f"scale: got {scale!r}; allowed {', '.join(SCALES)}; choose one")
+    check_choice("scale", scale, SCALES)
     grouped = rewards.astype(jnp.float32).reshape(-1, group_size)
     counts = jnp.isfinite(grouped)
     values = jnp.where(counts, grouped, 0.0)

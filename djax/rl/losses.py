@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from djax.contracts import struct
+from djax.errors import check_integer
 
 LARGEST_LOG_RATIO = 20.0
 """Ratios go on linearly above exp of this: float32 overflows at 88, and squares of ratios at 44."""
@@ -160,8 +161,7 @@ def trace_grpo_loss(
     Raises:
         ValueError: `shrink` is below 1.
     """
-    if shrink < 1:
-        raise ValueError(f"shrink: got {shrink}; it must be at least 1")
+    check_integer("shrink", shrink, 1)
     if commit_step is None:
         weights = _token_weights(mask, "sequence")
     else:

@@ -1,4 +1,4 @@
-"""A masked-diffusion model as causal training code sees one, and its training data in Tunix's shape.
+"""A masked-diffusion model as causal training code sees one.
 
 Nothing here needs Tunix. Code that scores left to right takes the logits at position i for what it says about token
 i + 1; `DiffusionPolicy` shows its own logits, which are about their own positions, one place earlier.
@@ -15,11 +15,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from djax.contracts import struct
 from djax.devices.sharding import Rules, shardings
 from djax.models import Kernels, abstract_params, build, kernels_on, logical_axes
 from djax.parts.transforms import ForbidTokens
-from djax.rollouts.types import MaskedStates, Rollout
 
 if TYPE_CHECKING:
     from djax.api import DiffusionLM
@@ -104,42 +102,6 @@ def as_policy(lm: DiffusionLM, model: Any, completion_length: int) -> DiffusionP
     return DiffusionPolicy(
         model, completion_length=completion_length, forbidden_ids=(cast(int, lm.config.mask_id),),
         vocab_limit=lm.vocab_limit)
-
-
-@struct.dataclass
-class DiffusionTokenBatch:
-    """One masked state a row, in the shape that Tunix's diffusion losses are to take. Every array has B rows.
-
-    The temperature is no part of it: divide `diffusion_logits` by `rollout.temperature` where that is above 0, as
-    `score` does, or the log-probs are those at temperature 1.
-    """
-
-    model_inputs: dict[str, Array]
-    """`input_tokens` (masked), `positions` and `key_mask`, [B, T] each: what `diffusion_logits` takes."""
-    target_ids: Int[Array, "B T"]
-    """Token of each position; there is no shift."""
-    loss_weights: Float[Array, "B T"]
-    """Weight of each position."""
-
-
-def diffusion_token_batch(rollout: Rollout, states: MaskedStates) -> DiffusionTokenBatch:
-    """Rollouts and n states as n rows each: row b * n + s is state s of rollout b."""
-    count = states.num_states
-    repeated = {name: jnp.repeat(jnp.asarray(getattr(rollout, name)), count, axis=0)
-                for name in ("tokens", "positions", "valid")}
-    masks = states.masks.reshape(-1, rollout.length)
-    return DiffusionTokenBatch(
-        model_inputs={"input_tokens": jnp.where(masks, rollout.mask_id, repeated["tokens"]),
-                      "positions": repeated["positions"], "key_mask": repeated["valid"]},
-        target_ids=repeated["tokens"], loss_weights=states.weights.reshape(masks.shape))
-
-
-def diffusion_logits(model: DiffusionPolicy, model_inputs: dict[str, Array]) -> Float[Array, "B T V"]:
-    """float32 logits of a `DiffusionTokenBatch`'s inputs; position i's are about the token at position i."""
-    hidden, _ = model.model.hidden_and_router(
-        model_inputs["input_tokens"], positions=model_inputs["positions"], key_mask=model_inputs["key_mask"],
-        remat=False)
-    return _forbid(model.model.unembed(hidden), model.forbidden_ids, model.vocab_limit)
 
 
 def _forbid(logits: Float[Array, "B T V"], ids: tuple[int, ...], limit: int) -> Float[Array, "B T V"]:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 from tunix.rl import common, function_registry
 from tunix.rl import rl_cluster as cluster_lib
 from tunix.rl import utils as tunix_utils
@@ -35,6 +35,7 @@ from tunix.rl.rollout import base_rollout
 from djax.contracts.keys import as_key
 from djax.contracts.types import Forbidden, Params
 from djax.engine.tokenizer import Tokenizer
+from djax.errors import check_choice
 from djax.models import build
 from djax.recipes import Recipe
 from djax.rl.advantages import group_advantages
@@ -168,7 +169,8 @@ class DiffusionRollout(base_rollout.BaseRollout):
         self.refresh()
         with self._lock:
             call, self._calls = self._calls, self._calls + 1
-        key = jax.random.fold_in(_key(config.seed), call)
+        # a seed of Tunix's is nothing, a number, or a key of either kind
+        key = jax.random.fold_in(as_key(0 if config.seed is None else config.seed, name="seed"), call)
         eos = list(config.eos_tokens) if config.eos_tokens else self._lm.config.eos_id
         got = rollout(
             self._lm, ids, key=key, recipe=self._recipe, max_new_tokens=config.max_tokens_to_generate,
@@ -261,8 +263,7 @@ class TraceGRPOConfig(grpo_learner.GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weigh not in ("token", "step"):
-            raise ValueError(f"weigh: got {self.weigh!r}; allowed token, step; choose one")
+        check_choice("weigh", self.weigh, ("token", "step"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,11 +418,6 @@ def _scored(policy: DiffusionPolicy, rollouts: Rollout, states: MaskedStates) ->
     """Log-probs at given states, wherever the policy is."""
     graphdef, params = nnx.split(policy.model)
     return jnp.asarray(jax.device_get(_score_jit(graphdef, params, rollouts, states)))
-
-
-def _key(seed: Any) -> Key[Array, ""]:
-    """A key from what Tunix calls a seed: nothing, a number, or a key of either kind."""
-    return as_key(0 if seed is None else seed, name="seed")
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B P"]:

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Key
 from djax.contracts.ambient import on_device, without_mesh
 from djax.contracts.keys import as_key
 from djax.contracts.types import Denoiser, Forbidden, Params
+from djax.engine.options import Sampling, resolve_ids
 from djax.engine.prompts import Prompt, check_ids, encode_prompts
-from djax.errors import ArgumentError
+from djax.errors import check_choice, check_integer
 from djax.rollouts.masked_states import masked_states
 from djax.rollouts.rollout import as_rollout
 from djax.rollouts.score import score
@@ -67,12 +68,10 @@ def log_likelihood(
     Raises:
         ValueError: names the argument, what came and what is allowed.
     """
-    if scheme not in get_args(Estimator):
-        raise ValueError(f"scheme: got {scheme!r}; allowed: {', '.join(get_args(Estimator))}")
+    check_choice("scheme", scheme, get_args(Estimator))
     if n < 2 or n % 2:
         raise ValueError(f"n: got {n}; it must be even and at least 2: every state is drawn twice")
-    if micro_batch is not None and micro_batch < 1:
-        raise ValueError(f"micro_batch: got {micro_batch}; it must be at least 1")
+    check_integer("micro_batch", micro_batch, 1, optional=True)
     given = _given(lm, prompts, targets, mask_id)
     random_key = as_key(key)
     if scheme == "autoregressive":
@@ -123,10 +122,7 @@ def _given(lm: DiffusionLM, prompts: Any, targets: Any, mask_id: int | None) -> 
                 raise ValueError(f"{name}: got text, but this checkpoint has no tokenizer; give token ids")
             target = lm.tokenizer.encode(target)
         wanted.append(check_ids(target, name=name, vocab_size=lm.config.vocab_size))
-    mask_token = lm.config.mask_id if mask_id is None else mask_id
-    if mask_token is None:
-        raise ArgumentError("mask_id", "none, neither from the checkpoint nor from its tokenizer", allowed="a token id",
-                            advice="give it")
+    mask_token, _ = resolve_ids(Sampling(mask_id=mask_id), lm.config)
     for index, (row, target) in enumerate(zip(rows, wanted, strict=True)):
         _check_target(lm, row, target, mask_token, name=f"targets[{index}]")
     forbidden = Forbidden(ids=np.asarray([mask_token], np.int32), limit=np.int32(lm.vocab_limit))  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from djax.contracts.ambient import is_traced, on_device, without_mesh
 from djax.contracts.keys import as_key
+from djax.errors import check_choice, check_integer, check_number
 from djax.rollouts.types import MaskedStates, Rollout
 
 Scheme = Literal["one_step", "coupled", "fixed_k", "stratified", "gauss", "autoregressive"]
@@ -58,8 +59,7 @@ def trace_states(
         raise ValueError(
             f"rollout: not replayable: {rollout.not_replayable_because}; sample with an exact recipe such as "
             'djax.recipes.fast_dllm(cache="none"), or pass exact=False to use the order of commits only')
-    if shrink < 1:
-        raise ValueError(f"shrink: got {shrink}; it must be at least 1")
+    check_integer("shrink", shrink, 1)
     if num_states is None:
         count = max(-(-rollout.max_steps // shrink), 1)
     else:
@@ -118,10 +118,8 @@ def masked_states(
     Raises:
         ValueError: names the argument, what came and what is allowed.
     """
-    if scheme not in get_args(Scheme):
-        raise ValueError(f"scheme: got {scheme!r}; allowed: {', '.join(get_args(Scheme))}")
-    if not 0.0 <= prompt_mask_probability <= 1.0:
-        raise ValueError(f"prompt_mask_probability: got {prompt_mask_probability}; allowed 0 to 1")
+    check_choice("scheme", scheme, get_args(Scheme))
+    check_number("prompt_mask_probability", prompt_mask_probability, 0.0, 1.0)
     if prompt_mask_probability and scheme != "one_step":
         raise ValueError(f'prompt_mask_probability: got {prompt_mask_probability} with scheme={scheme!r}; only '
                          '"one_step" masks prompts; leave it at 0')

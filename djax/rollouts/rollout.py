@@ -227,8 +227,7 @@ def _sample(
     if ids.shape != (canvas.batch,):
         raise ValueError(f"row_ids: got {ids.size} ids; allowed one for each of the {canvas.batch} rows "
                          "(prompts times num_samples)")
-    if micro_batch is not None:
-        check_integer("micro_batch", micro_batch, 1)
+    check_integer("micro_batch", micro_batch, 1, optional=True)
     size = canvas.batch if micro_batch is None else min(micro_batch, canvas.batch)
     cuts = []
     for start in range(0, canvas.batch, size):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from djax.contracts.ambient import on_device, without_mesh
 from djax.contracts.types import Denoiser, Hidden, Params
 from djax.engine.weights import check_alive
+from djax.errors import check_choice
 from djax.models import ModelDenoiser
 from djax.models.layers.log_probs import token_log_probs
 from djax.parts.transforms import ForbidTokens
@@ -63,8 +64,7 @@ def score(
     Raises:
         ValueError: an unknown `reduce`, or states of other rows or another length.
     """
-    if reduce not in ("token", "sequence", "none"):
-        raise ValueError(f'reduce: got {reduce!r}; allowed: "token", "sequence", "none"')
+    check_choice("reduce", reduce, get_args(Reduce))
     if states.masks.shape != states.weights.shape or states.masks.shape[::2] != rollout.tokens.shape:
         raise ValueError(
             f"states: got masks {states.masks.shape} and weights {states.weights.shape} for tokens "

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from djax.errors import ArgumentError, check_integer, shown
+from djax.errors import ArgumentError, check_choice, check_integer
 from djax.tasks.addition import ADDITION
 from djax.tasks.base import MARKER, SPLITS, Example, Split, Task, split_of
 from djax.tasks.expressions import EXPRESSION
@@ -44,8 +44,7 @@ def examples(task: str | None, *, split: Split, seed: int, start: int = 0) -> It
         ValueError: an unknown task or split, or a negative number.
     """
     names = _names(task)
-    if split not in SPLITS:
-        raise ArgumentError("split", shown(split), allowed=", ".join(SPLITS), advice="choose one")
+    check_choice("split", split, SPLITS)
     check_integer("seed", seed, 0, 2**63 - 1)
     check_integer("start", start, 0, 2**63 - 1)
     return (_example(TASKS[names[index % len(names)]], split=split, seed=seed, index=index)
@@ -86,6 +85,5 @@ def _example(task: Task, *, split: Split, seed: int, index: int) -> Example:
 
 
 def _names(task: str | None) -> tuple[str, ...]:
-    if task is not None and task not in TASKS:
-        raise ArgumentError("task", shown(task), allowed=", ".join(TASKS), advice="choose one, or None for all in turn")
-    return tuple(TASKS) if task is None else (task,)
+    return tuple(TASKS) if task is None else (
+        check_choice("task", task, TASKS, advice="choose one, or None for all in turn"),)

@@ -53,10 +53,6 @@ class Task:
     draw: Callable[[np.random.Generator], str]
     solve: Callable[[str], str | None]
 
-    def generate(self, rng: np.random.Generator) -> Example:
-        """A drawn prompt with its answer."""
-        return self.example(self.draw(rng))
-
     def example(self, prompt: str) -> Example:
         """The prompt with its answer.
 

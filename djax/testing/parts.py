@@ -13,7 +13,7 @@ import numpy as np
 
 from djax.contracts.part_shapes import AXES, LENGTH, PROTOCOLS, arguments, call, check_shapes, first_state
 from djax.contracts.struct import same_arrays, same_structure
-from djax.errors import ArgumentError
+from djax.errors import ArgumentError, check_choice
 
 _BATCH = 3
 
@@ -29,9 +29,7 @@ def check_part(part: Any, axis: str | None = None) -> None:
     Raises:
         ArgumentError: named after the axis; says what is broken and how a part does it.
     """
-    axis = axis_of(part) if axis is None else axis
-    if axis not in AXES:
-        raise ArgumentError("axis", repr(axis), allowed=", ".join(AXES), advice="pick one of them")
+    axis = axis_of(part) if axis is None else check_choice("axis", axis, AXES)
     _check_pytree(axis, part)
     check_shapes(axis, part)
     function, given = functools.partial(_two_steps, axis), _given(axis, seed=0)

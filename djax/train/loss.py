@@ -63,16 +63,16 @@ def spread_evenly(key: Key[Array, ""], rows: int) -> Float[Array, " B"]:
 
 
 def sample_masks(
-    key: Key[Array, ""], is_answer: Bool[Array, "B T"], *, smallest: float = SMALLEST_NOISE
+    key: Key[Array, ""], is_answer: Bool[Array, "B T"]
 ) -> tuple[Float[Array, " B"], Bool[Array, "B T"]]:
     """A noise level t for every row and the positions masked at it, each answer token with probability t.
 
-    Each t is uniform on [smallest, 1]. The rows' levels are spread evenly over it (one uniform shift for
+    Each t is uniform on [`SMALLEST_NOISE`, 1]. The rows' levels are spread evenly over it (one uniform shift for
     all), which lowers the variance of a batch and changes no expectation.
     """
     level_key, mask_key = jax.random.split(key)
     rows = is_answer.shape[0]
-    noise = smallest + (1.0 - smallest) * spread_evenly(level_key, rows)
+    noise = SMALLEST_NOISE + (1.0 - SMALLEST_NOISE) * spread_evenly(level_key, rows)
     return noise, is_answer & (jax.random.uniform(mask_key, is_answer.shape, jnp.float32) < noise[:, None])
 
 

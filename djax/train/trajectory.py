@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from djax.contracts import struct
 from djax.contracts.types import Params
 from djax.engine.results import Generation
+from djax.errors import check_integer
 from djax.train.loss import Batch, Losses, LossWeights, losses_at
 
 NEVER = -1
@@ -165,8 +166,7 @@ def trajectory_batches(
         ValueError: there are fewer rows than `batch_size`.
     """
     count = len(trajectories)
-    if not 1 <= batch_size <= count:
-        raise ValueError(f"batch_size: got {batch_size}; allowed 1 to the number of trajectories, {count}")
+    check_integer("batch_size", batch_size, 1, count, advice="there are as many trajectories")
     per_pass = count // batch_size
 
     def batch(update: int) -> TrajectoryBatch:

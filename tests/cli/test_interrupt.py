@@ -33,7 +33,7 @@ LIMIT = 20
 @pytest.fixture
 def interrupted(golden_lm, monkeypatch):
     """Commands run on the tiny model, one step at a time, and Ctrl-C comes after the second."""
-    from djax.cli.outputs import Reached
+    from djax.cli.outputs import Output
     from djax.engine import interrupts
 
     monkeypatch.setattr(interrupts, "STRETCH_SECONDS", 0.0)
@@ -41,7 +41,7 @@ def interrupted(golden_lm, monkeypatch):
     monkeypatch.setattr(api, "load", lambda *given, **options: golden_lm)
     monkeypatch.setattr(golden_lm, "config", dataclasses.replace(golden_lm.config, mask_id=155))
     calls: list[int] = []
-    put = Reached.put
+    put = Output.put
 
     def press(self, generation):
         put(self, generation)
@@ -49,7 +49,7 @@ def interrupted(golden_lm, monkeypatch):
         if len(calls) == 2:
             press_ctrl_c()
 
-    monkeypatch.setattr(Reached, "put", press)
+    monkeypatch.setattr(Output, "put", press)
     yield
     golden_lm.program._paces.clear()
 

@@ -284,6 +284,6 @@ def test_the_experts_implementation_can_be_named(params: Any, name: str) -> None
 
 
 def test_kernels_are_checked_where_they_are_named() -> None:
-    with pytest.raises(ValueError, match=r"attention: got 'flash'; there are 'reference', 'xla', .* or None"):
+    with pytest.raises(ValueError, match=r"attention: got 'flash'; allowed reference, xla, .* or None"):
         Kernels(attention="flash")
     assert kernels_on(None) == Kernels()

@@ -95,5 +95,5 @@ def test_nothing_as_large_as_the_logits_is_made() -> None:
 
 
 def test_chunk_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="vocab_chunk: got 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="vocab_chunk: got 0; allowed an integer of at least 1"):
         token_log_probs(*operands(), vocab_chunk=0)

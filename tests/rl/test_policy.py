@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import pytest
 from flax import nnx
 
 from djax import rl
-from djax.rl.policy import PAD_ID, diffusion_logits, diffusion_policy, diffusion_token_batch
+from djax.rl.policy import PAD_ID, diffusion_policy
 from tests.support.tiny import MASK, PAD
 
 pytestmark = pytest.mark.slow  # for users of Tunix, whose own tests have an environment of their own
@@ -82,21 +81,6 @@ def test_a_policy_is_a_copy(policy, tiny_lm):
     theirs = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tiny_lm.params)}
     assert len(mine) == len(theirs)
     assert not mine & theirs
-
-
-@pytest.mark.parametrize("scheme", ["one_step", "stratified"])
-def test_token_batches_hold_the_same_sum(scheme, policy, sampled):
-    sampled = sampled.replace(temperature=np.float32(0.7))
-    states = rl.masked_states(sampled, jax.random.key(2), scheme=scheme, n=3)
-    batch = diffusion_token_batch(sampled, states)
-    rows = sampled.batch * 3
-    assert all(leaf.shape == (rows, sampled.length) for leaf in jax.tree.leaves(batch))
-    logits = nnx.jit(diffusion_logits)(policy, batch.model_inputs) / sampled.temperature
-    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.target_ids[..., None], axis=-1)[..., 0]
-    sums = jnp.where(batch.loss_weights > 0, batch.loss_weights * log_probs, 0.0).sum(1).reshape(-1, 3).sum(1)
-    graphdef, params = nnx.split(policy.model)
-    expected = jax.jit(partial(rl.score, reduce="sequence"))(graphdef, params, sampled, states)
-    np.testing.assert_allclose(sums, expected, rtol=1e-4)
 
 
 def test_another_dtype_is_trained_in(tiny_lm):

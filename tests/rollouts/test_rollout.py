@@ -309,7 +309,7 @@ def test_wrong_arguments_are_named(tiny_lm, change: dict, message: str) -> None:
 
 
 def test_wrong_traces_and_pins_are_named(tiny_lm, warm) -> None:
-    with pytest.raises(ValueError, match="shrink: got 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="shrink: got 0; allowed an integer of at least 1"):
         rl.trace_states(warm, shrink=0)
     with pytest.raises(ValueError, match=r"num_states: got 2; the longest row needs \d+"):
         rl.trace_states(warm, num_states=2)

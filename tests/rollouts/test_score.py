@@ -190,7 +190,7 @@ def test_memory_is_one_state_and_no_logits() -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"reduce": "mean"}, "reduce: got 'mean'; allowed: \"token\""),
+    ({"reduce": "mean"}, "reduce: got 'mean'; allowed token, sequence, none"),
     ({"states": "short"}, "states: got masks (3, 3, 5) and weights (3, 3, 5) for tokens"),
 ])
 def test_wrong_arguments_are_named(tiny_lm, given, states, change: dict, message: str) -> None:

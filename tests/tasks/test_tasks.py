@@ -35,7 +35,7 @@ each_task = pytest.mark.parametrize("name", TASKS)
 
 def drawn(name: str, count: int = COUNT, *, seed: int = 11) -> list[Example]:
     rng = np.random.default_rng(seed)
-    return [TASKS[name].generate(rng) for _ in range(count)]
+    return [TASKS[name].example(TASKS[name].draw(rng)) for _ in range(count)]
 
 
 def integers(text: str) -> list[int]:
@@ -308,7 +308,7 @@ def test_too_few_held_out_prompts_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"task": "sorting"}, "task: got 'sorting'; allowed addition, sort, unique_sum, expression, record; choose one"),
-    ({"split": "test"}, "split: got 'test'; allowed train, held_out; choose one"),
+    ({"split": "test"}, "split: got 'test'; allowed train, held_out; pick one of them"),
     ({"seed": -1}, "seed: got -1; allowed an integer from 0"),
     ({"start": -5}, "start: got -5; allowed an integer from 0"),
 ])

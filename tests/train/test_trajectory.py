@@ -174,5 +174,5 @@ def test_batches_follow_from_the_update() -> None:
     again: Any = trajectory_batches(found, batch_size=3, seed=4)(3)
     for field in dataclasses.fields(again):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(make(3), field.name))
-    with pytest.raises(ValueError, match="batch_size: got 8; allowed 1 to the number of trajectories, 7"):
+    with pytest.raises(ValueError, match="batch_size: got 8; allowed an integer from 1 to 7"):
         trajectory_batches(found, batch_size=8, seed=0)

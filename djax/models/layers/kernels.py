@@ -6,6 +6,7 @@ import dataclasses
 
 from jax.sharding import Mesh
 
+from djax.errors import check_choice
 from kernels_pallas.attention import IMPLEMENTATIONS as ATTENTION
 from kernels_pallas.moe import IMPLEMENTATIONS as MOE
 from kernels_pallas.unembed import IMPLEMENTATIONS as UNEMBED
@@ -27,9 +28,7 @@ class Kernels:
 
     def __post_init__(self) -> None:
         for op, names in (("moe", MOE), ("attention", ATTENTION), ("unembed", UNEMBED)):
-            chosen = getattr(self, op)
-            if chosen is not None and chosen not in names:
-                raise ValueError(f"{op}: got {chosen!r}; there are {', '.join(map(repr, names))}, or None to pick one")
+            check_choice(op, getattr(self, op), names, optional=True, advice="pick one of them, or None for the best")
 
 
 def kernels_on(mesh: Mesh | None) -> Kernels:

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from djax.contracts.types import FORBID_NOTHING, Forbidden
+from djax.errors import check_integer
 from djax.models.layers.basic import contract
 
 
@@ -120,9 +121,7 @@ def token_log_probs(
     Raises:
         ValueError: `vocab_chunk` is below 1.
     """
-    if vocab_chunk < 1:
-        raise ValueError(f"vocab_chunk: got {vocab_chunk}; it must be at least 1")
-    size = min(vocab_chunk, head.shape[0])
+    size = min(check_integer("vocab_chunk", vocab_chunk, 1), head.shape[0])
     flat = _log_probs(
         hidden.reshape(-1, hidden.shape[-1]), head, tokens.reshape(-1), jnp.asarray(temperature, jnp.float32),
         jax.tree.map(jnp.asarray, forbidden), size)

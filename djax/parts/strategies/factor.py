@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from djax.contracts import struct
 from djax.contracts.types import Candidates, Decision, PartState, StepInfo
 from djax.errors import check_number
-from djax.parts.strategies.selection import masked_confidence, rank
+from djax.parts.strategies.selection import Commits, masked_confidence, rank
 
 
 @struct.dataclass
-class Factor:
+class Factor(Commits):
     """Commits the n most confident positions for the largest n with (n + 1) * (1 - c_n) < factor.
 
     c_1 >= c_2 >= ... are the confidences of the row's masked positions; the condition has to hold for
@@ -23,18 +21,8 @@ class Factor:
 
     factor: float | Float[Array, ""]
 
-    reopens: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_number("factor", self.factor, 0.0)
-
-    def max_steps(self, block_length: int) -> int:
-        """One position per step at the least."""
-        return block_length
-
-    def init(self, batch: int, block_length: int) -> PartState:
-        """Start without a state."""
-        return ()
 
     def step(
         self, keys: Key[Array, " B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,

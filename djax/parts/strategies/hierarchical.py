@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
@@ -11,11 +9,11 @@ from djax.contracts import struct
 from djax.contracts.types import Candidates, Decision, PartState, StepInfo
 from djax.errors import check_number
 from djax.parts.schedules import Schedule, as_schedule
-from djax.parts.strategies.selection import best, masked_confidence
+from djax.parts.strategies.selection import Commits, best, masked_confidence
 
 
 @struct.dataclass
-class Hierarchical:
+class Hierarchical(Commits):
     """Divides the block: a token committed inside a run of masks splits it into shorter ones.
 
     In each maximal run of masked positions the most confident one is committed if its confidence exceeds
@@ -26,8 +24,6 @@ class Hierarchical:
     high: float | Float[Array, ""] | Schedule = 0.92
     low: float | Float[Array, ""] = 0.62
 
-    reopens: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_number("low", self.low, 0.0, 1.0)
         if isinstance(self.high, Schedule):
@@ -35,14 +31,6 @@ class Hierarchical:
         check_number("high", self.high, 0.0, 1.0)
         if isinstance(self.low, float | int) and isinstance(self.high, float | int):
             check_number("low", self.low, 0.0, self.high, advice="lower it or raise high")
-
-    def max_steps(self, block_length: int) -> int:
-        """One position per step at the least."""
-        return block_length
-
-    def init(self, batch: int, block_length: int) -> PartState:
-        """Start without a state."""
-        return ()
 
     def step(
         self, keys: Key[Array, " B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -11,11 +9,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from djax.contracts import struct
 from djax.contracts.types import Candidates, Decision, PartState, StepInfo
 from djax.errors import check_integer, check_number
-from djax.parts.strategies.selection import best, masked_confidence
+from djax.parts.strategies.selection import Commits, best, masked_confidence
 
 
 @struct.dataclass
-class LocalLeap:
+class LocalLeap(Commits):
     """Commits anchors, positions of at least `anchor`, and what is within `radius` of one and of at least `near`.
 
     Anchors are masked positions of this step. Where a row has none its best position goes. With `near` equal to
@@ -26,22 +24,12 @@ class LocalLeap:
     near: float | Float[Array, ""] = 0.75
     radius: int | Int[Array, ""] = 4
 
-    reopens: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_number("anchor", self.anchor, 0.0, 1.0)
         check_number("near", self.near, 0.0, 1.0)
         if isinstance(self.near, float | int) and isinstance(self.anchor, float | int):
             check_number("near", self.near, 0.0, self.anchor, advice="lower it or raise anchor")
         check_integer("radius", self.radius)
-
-    def max_steps(self, block_length: int) -> int:
-        """One position per step at the least."""
-        return block_length
-
-    def init(self, batch: int, block_length: int) -> PartState:
-        """Start without a state."""
-        return ()
 
     def step(
         self, keys: Key[Array, " B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,

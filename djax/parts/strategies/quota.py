@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
 from djax.contracts import struct
 from djax.contracts.types import Candidates, Decision, PartState, StepInfo
 from djax.errors import check_integer
-from djax.parts.strategies.selection import masked_confidence, rank
+from djax.parts.strategies.selection import Commits, masked_confidence, rank
 
 
 @struct.dataclass
-class Quota:
+class Quota(Commits):
     """Commits the most confident n // steps positions at each step, one more in the first n % steps.
 
     n is the number of the block's positions that were open on entering it; never fewer than one position
@@ -24,18 +22,8 @@ class Quota:
     steps: int | Int[Array, ""] = 2**31 - 1
     """More than a block has positions: one token a step."""
 
-    reopens: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_integer("steps", self.steps, 1)
-
-    def max_steps(self, block_length: int) -> int:
-        """One position per step at the least."""
-        return block_length
-
-    def init(self, batch: int, block_length: int) -> PartState:
-        """Start without a state."""
-        return ()
 
     def step(
         self, keys: Key[Array, " B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,

@@ -1,12 +1,28 @@
-"""Helpers of strategies: the best masked positions of a block."""
+"""Helpers of strategies: what those that only commit have in common, and the best masked positions of a block."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from djax.contracts.types import Candidates
+from djax.contracts.types import Candidates, PartState
+
+
+class Commits:
+    """The answers of a strategy without a state that never reopens and commits at every step."""
+
+    reopens: ClassVar[bool] = False
+
+    def max_steps(self, block_length: int) -> int:
+        """One position per step at the least."""
+        return block_length
+
+    def init(self, batch: int, block_length: int) -> PartState:
+        """Start without a state."""
+        return ()
 
 
 def masked_confidence(candidates: Candidates, is_masked: Bool[Array, "B L"]) -> Float[Array, "B L"]:

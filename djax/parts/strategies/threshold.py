@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
@@ -11,11 +9,11 @@ from djax.contracts import struct
 from djax.contracts.types import Candidates, Decision, PartState, StepInfo
 from djax.errors import check_number
 from djax.parts.schedules import Schedule, as_schedule
-from djax.parts.strategies.selection import masked_confidence
+from djax.parts.strategies.selection import Commits, masked_confidence
 
 
 @struct.dataclass
-class Threshold:
+class Threshold(Commits):
     """Commits masked positions whose confidence is at least min(threshold, best - 1e-5).
 
     So the best one always goes. `threshold` is a number in [0, 1] or a schedule over the row's steps.
@@ -23,19 +21,9 @@ class Threshold:
 
     threshold: float | Float[Array, ""] | Schedule = 0.9
 
-    reopens: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         if not isinstance(self.threshold, Schedule):
             check_number("threshold", self.threshold, 0.0, 1.0)
-
-    def max_steps(self, block_length: int) -> int:
-        """One position per step at the least."""
-        return block_length
-
-    def init(self, batch: int, block_length: int) -> PartState:
-        """Start without a state."""
-        return ()
 
     def step(
         self, keys: Key[Array, " B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,

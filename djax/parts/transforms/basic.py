@@ -47,8 +47,7 @@ class ForbidTokens:
 
     def __post_init__(self) -> None:
         check_integer("token_ids", self.token_ids, -(2**31))
-        if self.vocab_limit is not None:
-            check_integer("vocab_limit", self.vocab_limit, 1)
+        check_integer("vocab_limit", self.vocab_limit, 1, optional=True)
 
     def init(self, batch: int, block_length: int) -> PartState:
         """Start without a state."""

@@ -11,12 +11,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from djax.contracts import struct
-from djax.contracts.types import Logits, PartState
+from djax.contracts.types import Filter, Logits, PartState
 from djax.errors import check_integer, check_number
 
 
+class _AsTransform:
+    """A filter as a transform: no state, and what it keeps at every position."""
+
+    def init(self, batch: int, block_length: int) -> PartState:
+        """Start without a state."""
+        return ()
+
+    def step(
+        self: Filter, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState
+    ) -> tuple[Logits, PartState]:
+        """Logits with -inf where a token may not be drawn."""
+        return self.keep(logits), state
+
+
 @struct.dataclass
-class TopK:
+class TopK(_AsTransform):
     """Keeps the k most probable tokens; those that tie with the k-th stay too. `k` is static.
 
     Raises:
@@ -28,14 +42,6 @@ class TopK:
     def __post_init__(self) -> None:
         check_integer("k", self.k, 1)
 
-    def init(self, batch: int, block_length: int) -> PartState:
-        """Start without a state."""
-        return ()
-
-    def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
-        """Logits with -inf outside the k best."""
-        return self.keep(logits), state
-
     def keep(self, logits: Logits) -> Logits:
         """Logits with -inf outside the k best."""
         kth = jax.lax.top_k(logits, min(self.k, logits.shape[-1]))[0][..., -1:]
@@ -43,7 +49,7 @@ class TopK:
 
 
 @struct.dataclass
-class TopP:
+class TopP(_AsTransform):
     """Nucleus: the smallest set of most probable tokens whose mass reaches `p` (arXiv 1904.09751).
 
     Probabilities are taken at `temperature` (0 counts as 1), the one that the sampler will use. The most
@@ -57,14 +63,6 @@ class TopP:
         check_number("p", self.p, 0.0, 1.0)
         check_number("temperature", self.temperature, 0.0)
 
-    def init(self, batch: int, block_length: int) -> PartState:
-        """Start without a state."""
-        return ()
-
-    def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
-        """Logits with -inf outside the nucleus."""
-        return self.keep(logits), state
-
     def keep(self, logits: Logits) -> Logits:
         """Logits with -inf outside the nucleus."""
         probs = jax.nn.softmax(tempered(logits, _positive(self.temperature)), axis=-1)
@@ -77,7 +75,7 @@ class TopP:
 
 
 @struct.dataclass
-class MinP:
+class MinP(_AsTransform):
     """Drops tokens less probable than `p` times the most probable one (arXiv 2407.01082), at `temperature`."""
 
     p: float | Float[Array, ""]
@@ -86,14 +84,6 @@ class MinP:
     def __post_init__(self) -> None:
         check_number("p", self.p, 0.0, 1.0)
         check_number("temperature", self.temperature, 0.0)
-
-    def init(self, batch: int, block_length: int) -> PartState:
-        """Start without a state."""
-        return ()
-
-    def step(self, logits: Logits, is_masked: Bool[Array, "B L"], state: PartState) -> tuple[Logits, PartState]:
-        """Logits with -inf on the improbable tokens."""
-        return self.keep(logits), state
 
     def keep(self, logits: Logits) -> Logits:
         """Logits with -inf on the improbable tokens."""
