@@ -13,8 +13,15 @@ from djax.contracts.types import FORBID_NOTHING, CachePolicy, Forbidden, PartSta
 
 
 def needs_logits(part: Any) -> bool:
-    """Whether a transform, proposal or denoiser cannot do with a `Reading`. Unsaid: yes."""
-    return bool(getattr(part, "needs_logits", True))
+    """Whether a transform, proposal or denoiser cannot do with a `Reading`. Unsaid: yes.
+
+    Raises:
+        TypeError: it says neither True nor False: a text or a method would count as True.
+    """
+    said = getattr(part, "needs_logits", True)
+    if not isinstance(said, bool):
+        raise TypeError(f"needs_logits of {type(part).__name__} is {said!r}, not True or False")
+    return said
 
 
 def forbids(transform: Transform) -> bool:

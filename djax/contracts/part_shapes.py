@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from djax.contracts import answers
 from djax.contracts.struct import same_structure
-from djax.contracts.types import Candidates, Decision, StepInfo, Window
+from djax.contracts.types import Candidates, Decision, Forbidden, Noise, Reading, StepInfo, Window
 from djax.errors import ArgumentError, one_line
 
 AXES = ("strategy", "cache_policy", "transform", "propose", "smoothing", "stop_rule")
@@ -25,12 +26,13 @@ LENGTH, VOCAB, CANVAS, FIRST, WIDTH = 8, 12, 40, 16, 5
 Shaped = jax.ShapeDtypeStruct
 
 
-def check_shapes(axis: str, part: Any) -> None:
+def check_shapes(axis: str, part: Any, *, advice: str | None = None) -> None:
     """Trace a part of an axis on a small block and compare what it gives with its protocol.
 
     Args:
         axis: one of `AXES`.
         part: of that axis; its numbers may be traced.
+        advice: on a part that breaks its protocol; None points to `djax.testing.check_part`.
 
     Raises:
         ArgumentError: named after the axis: the part lacks a method, fails, or gives other shapes or dtypes.
@@ -39,7 +41,7 @@ def check_shapes(axis: str, part: Any) -> None:
     if isinstance(part, type):
         raise ArgumentError(axis, f"the class {part.__name__}", allowed="an instance of a part",
                             advice=f"call it: {part.__name__}(...)")
-    missing = [method for method in _METHODS[axis] if not hasattr(part, method)]
+    missing = [method for method in METHODS[axis] if not hasattr(part, method)]
     if missing:
         raise ArgumentError(axis, f"{name}, which has no {', '.join(missing)}",
                             allowed=f"what djax.types.{PROTOCOLS[axis]} says", advice="add what is missing")
@@ -58,16 +60,19 @@ def check_shapes(axis: str, part: Any) -> None:
     problem = _problem(axis, structure, tuple(map(_kind, leaves)))
     if problem is not None:
         raise ArgumentError(axis, f"{name}, {problem}", allowed=f"what djax.types.{PROTOCOLS[axis]} says",
-                            advice=f"djax.testing.check_part({name}(...)) tells more")
+                            advice=advice or f"djax.testing.check_part({name}(...)) tells more")
 
 
 PROTOCOLS = {"strategy": "Strategy", "cache_policy": "CachePolicy", "transform": "Transform", "propose": "Propose",
              "smoothing": "Smoothing", "stop_rule": "StopRule"}
 """The protocol of each axis, in `djax.contracts.types`."""
-_METHODS = {
+METHODS = {
     "strategy": ("reopens", "max_steps", "init", "step"), "cache_policy": ("exact", "window_length", "window"),
     "transform": ("init", "step"), "propose": ("step",), "smoothing": ("soft", "step"),
     "stop_rule": ("reasons", "step", "ends", "fill")}
+"""What a part of each axis must have."""
+_READING_METHODS = {"transform": ("step_reading",), "propose": ("noise", "read")}
+"""What it must have besides if it says `needs_logits = False`."""
 
 
 def _kind(leaf: Any) -> type | tuple[tuple[int, ...], str]:
@@ -129,13 +134,18 @@ def _traced(axis: str, part: Any, batch: int) -> tuple[Any, str | None]:
     """What the part gives, and how its next state differs from the one that the loop carries."""
     before = jax.eval_shape(lambda part: first_state(axis, part, batch), part)
     given, after = jax.eval_shape(functools.partial(call, axis), part, before, *arguments(axis, batch))
+    return given, _changed("step", "a state", "init", before, after)
+
+
+def _changed(method: str, what: str, source: str, before: Any, after: Any) -> str | None:
+    """How the arrays that a method gives differ from those that it was given by `source`."""
     if not same_structure(before, after):
-        return given, "whose step gives a state of another structure than init"
+        return f"whose {method} gives {what} of another structure than {source}"
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
-            return given, (f"whose step gives a state of shape {list(new.shape)} and dtype {new.dtype} where init gave "
-                           f"{list(old.shape)} and {old.dtype}")
-    return given, None
+            return (f"whose {method} gives {what} of shape {list(new.shape)} and dtype {new.dtype} where {source} gave "
+                    f"{list(old.shape)} and {old.dtype}")
+    return None
 
 
 def _strategy(part: Any, batch: int) -> str | None:
@@ -156,13 +166,71 @@ def _strategy(part: Any, batch: int) -> str | None:
 
 def _transform(part: Any, batch: int) -> str | None:
     given, changed = _traced("transform", part, batch)
-    return _differs("step's logits", given, (batch, LENGTH, VOCAB), "float32") or changed
+    return _differs("step's logits", given, (batch, LENGTH, VOCAB), "float32") or changed or _by_reading(
+        "transform", part, batch)
+
+
+def _transform_reading(part: Any, batch: int) -> str | None:
+    before = jax.eval_shape(lambda part: first_state("transform", part, batch), part)
+    forbidden, wanted = jax.eval_shape(
+        lambda part, state: (answers.forbidden(part), answers.wanted_ids(part, state)), part, before)
+    problem = _other_fields("forbidden", forbidden, Forbidden, (), limit="int32") or _differs(
+        "forbidden's ids", forbidden.ids, _last_axis(forbidden.ids), "int32")
+    if problem is None and wanted is not None:
+        problem = _differs("wanted_ids", wanted, (batch, LENGTH, *_last_axis(wanted)), "int32")
+    if problem is not None:
+        return problem
+    reading = _reading(batch, 1 if wanted is None else 1 + wanted.shape[-1], Shaped((), jnp.float32))
+    is_masked = arguments("transform", batch)[1]
+    pair = jax.eval_shape(lambda part, *given: part.step_reading(*given), part, reading, is_masked, before)
+    if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], Reading):
+        return "whose step_reading gives no pair (Reading, state)"
+    return (_changed("step_reading", "a Reading", "the head", reading, pair[0])
+            or _changed("step_reading", "a state", "init", before, pair[1]))
 
 
 def _propose(part: Any, batch: int) -> str | None:
     given, _ = _traced("propose", part, batch)
-    return _other_fields("step", given, Candidates, (batch, LENGTH), token="int32", confidence="float32",
+    return _other_candidates("step", given, batch) or _by_reading("propose", part, batch)
+
+
+def _propose_reading(part: Any, batch: int) -> str | None:
+    keys, _, tokens = arguments("propose", batch)
+    noise = jax.eval_shape(lambda part, keys: part.noise(keys, LENGTH), part, keys)
+    problem = None if noise is None else _other_fields("noise", noise, Noise, (), temperature="float32") or _differs(
+        "noise's keys", noise.keys, (batch, LENGTH, 2), "uint32")
+    if problem is not None:
+        return problem
+    reading = _reading(batch, 1, None if noise is None else noise.temperature)
+    given = jax.eval_shape(lambda part, *given: part.read(*given), part, reading, tokens)
+    return _other_candidates("read", given, batch)
+
+
+def _other_candidates(method: str, given: Any, batch: int) -> str | None:
+    return _other_fields(method, given, Candidates, (batch, LENGTH), token="int32", confidence="float32",
                          log_prob="float32", current="float32")
+
+
+def _by_reading(axis: str, part: Any, batch: int) -> str | None:
+    """How a part that says that it can do with a `Reading` cannot."""
+    said: list[bool] = []
+    jax.eval_shape(lambda part: said.append(answers.needs_logits(part)), part)  # traced: a leaf cannot say it
+    if said[0]:
+        return None
+    missing = [method for method in _READING_METHODS[axis] if not hasattr(part, method)]
+    if missing:
+        return f"whose needs_logits is False but which has no {', '.join(missing)}"
+    return (_transform_reading if axis == "transform" else _propose_reading)(part, batch)
+
+
+def _reading(batch: int, asked: int, temperature: Any) -> Reading:
+    """Shapes of a head's answer about the small block when it was asked for so many tokens of each position."""
+    block = (batch, LENGTH)
+    fields: Any = {
+        field.name: Shaped((*block, asked) if field.name in ("ids", "logits", "noise") else block,
+                           jnp.int32 if field.name in ("ids", "best", "drawn") else jnp.float32)
+        for field in dataclasses.fields(Reading) if field.name != "temperature"}
+    return Reading(**fields, temperature=temperature)
 
 
 def _cache_policy(part: Any, batch: int) -> str | None:
@@ -218,6 +286,11 @@ def _differs(what: str, given: Any, shape: tuple[int, ...], dtype: str) -> str |
     axes = "a scalar" if not shape else f"shape {list(shape)}"
     return f"whose {what} has {'no shape' if found[0] is None else f'shape {list(found[0])}'} and dtype {found[1]}, " \
            f"not {axes} and {dtype}"
+
+
+def _last_axis(array: Any) -> tuple[int, ...]:
+    """The length of an axis that may have any."""
+    return getattr(array, "shape", ())[-1:] or (1,)
 
 
 def _is_hashable(value: Any) -> bool:
