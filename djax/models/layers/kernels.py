@@ -6,6 +6,7 @@ import dataclasses
 
 from jax.sharding import Mesh
 
+from djax.errors import ArgumentError, shown
 from kernels_pallas.attention import IMPLEMENTATIONS as ATTENTION
 from kernels_pallas.moe import IMPLEMENTATIONS as MOE
 from kernels_pallas.unembed import IMPLEMENTATIONS as UNEMBED
@@ -30,6 +31,18 @@ class Kernels:
             chosen = getattr(self, op)
             if chosen is not None and chosen not in names:
                 raise ValueError(f"{op}: got {chosen!r}; there are {', '.join(map(repr, names))}, or None to pick one")
+
+
+def check_kernels(kernels: Kernels | None) -> Kernels:
+    """The kernels that were asked for; those of None are picked for every call.
+
+    Raises:
+        ArgumentError: something else.
+    """
+    if kernels is None or isinstance(kernels, Kernels):
+        return kernels or Kernels()
+    raise ArgumentError("kernels", shown(kernels), allowed="djax.Kernels, or None",
+                        advice="such as djax.Kernels(attention='xla')")
 
 
 def kernels_on(mesh: Mesh | None) -> Kernels:

@@ -9,8 +9,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from djax.contracts import struct
 from djax.contracts.types import Candidates, Decision, PartState, StepInfo
-from djax.errors import check_number
-from djax.parts.schedules import Schedule, as_schedule
+from djax.parts.schedules import Schedule, as_schedule, check_unit
 from djax.parts.strategies.selection import masked_confidence
 
 
@@ -26,8 +25,7 @@ class Threshold:
     reopens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, Schedule):
-            check_number("threshold", self.threshold, 0.0, 1.0)
+        check_unit("threshold", self.threshold)
 
     def max_steps(self, block_length: int) -> int:
         """One position per step at the least."""
