@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from djax import recipes, rl, testing
+    from djax import plan, recipes, rl, tasks, testing, train
     from djax.api import DiffusionLM, load
     from djax.contracts import struct, types
     from djax.contracts.canvas import Canvas
@@ -50,6 +50,7 @@ __all__ = [
     "denoise",
     "distributed",
     "load",
+    "plan",
     "proposals",
     "recipes",
     "rl",
@@ -59,7 +60,9 @@ __all__ = [
     "stopping",
     "strategies",
     "struct",
+    "tasks",
     "testing",
+    "train",
     "transforms",
     "types",
 ]

@@ -18,15 +18,24 @@ from djax.contracts.ambient import without_mesh
 from djax.contracts.canvas import Canvas
 from djax.devices.sharding import Rules
 from djax.engine.model import LoadedModel
-from djax.engine.options import Call, Sampling, SamplingKwargs, check_block_length, check_lengths, dtype_name
+from djax.engine.options import (
+    Call,
+    Sampling,
+    SamplingKwargs,
+    check_block_length,
+    check_lengths,
+    check_warmup,
+    dtype_name,
+)
 from djax.engine.prompts import Prompt, shared_masked, shared_prompts
 from djax.engine.results import Generation, Watch, to_generation
 from djax.engine.running import Run
 from djax.engine.streaming import Streamer, StreamStep, stream_run, with_streamer
 from djax.engine.tokenizer import Tokenizer, has_tokenizer
-from djax.errors import check_integer
+from djax.errors import check_flag, check_methods
 from djax.loop.state import Parts, stop_reasons
 from djax.models import Kernels
+from djax.models.layers.kernels import check_kernels
 from djax.recipes import Recipe, default_for
 
 if TYPE_CHECKING:
@@ -69,6 +78,7 @@ def load(
     import convert
     from djax import assets
 
+    check_kernels(kernels)
     directory = convert.resolve_source(assets.resolve(source))
     config, params = convert.load_params(directory, dtype=dtype_name(dtype), mesh=mesh, rules=rules, progress=progress)
     tokenizer = Tokenizer.load(directory) if has_tokenizer(directory) else None
@@ -165,6 +175,7 @@ class DiffusionLM(LoadedModel):
             ValueError: names the argument, what came and what is allowed.
             TypeError: an unknown keyword.
         """
+        _check_watch(watch)
         sampling = Sampling.of("infill", sampling, options)
         rows, masks = shared_masked(
             token_ids, mask, tokenizer=self.tokenizer, program=self.program,
@@ -202,6 +213,8 @@ class DiffusionLM(LoadedModel):
             ValueError: names the argument, what came and what is allowed; before the first step.
             TypeError: an unknown keyword.
         """
+        check_flag("drafts", drafts)
+        check_methods("streamer", streamer, "put", "end", advice="such as transformers.TextStreamer")
         call, canvas = self._prepare(
             f"stream, drafts={drafts}, streamer={streamer is not None}", prompts,
             Sampling.of("stream", sampling, options), max_new_tokens=max_new_tokens, align=align, key=key,
@@ -235,6 +248,7 @@ class DiffusionLM(LoadedModel):
         Raises:
             ValueError: not one row id for each row, or a cache policy that is not for this model or canvas.
         """
+        _check_watch(watch)
         run = Run(self.program, self.params, canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
         generation = functools.partial(to_generation, canvas, eos_ids=eos_ids, tokenizer=self.tokenizer, limit=limit,
                              reasons=stop_reasons(parts.stop_rule))
@@ -258,10 +272,7 @@ class DiffusionLM(LoadedModel):
         """
         before = self.compile_count
         sampling = Sampling.of("warmup", sampling, options)
-        for batch, prompt_length, max_new_tokens in shapes:
-            check_integer("shapes", batch, 1, advice="each is (batch, prompt length, max_new_tokens)")
-            check_integer("shapes", prompt_length, 0, self.config.max_positions)
-            check_integer("shapes", max_new_tokens, 1, self.config.max_positions - prompt_length)
+        for batch, prompt_length, max_new_tokens in check_warmup(self.config, shapes):
             call, canvas = self._prepare(
                 "warmup", [[0] * prompt_length] * batch, sampling, max_new_tokens=max_new_tokens)
             # Nothing to decode: the program is compiled and its loop ends before the first step.
@@ -275,13 +286,17 @@ class DiffusionLM(LoadedModel):
         """Bytes that a generation on one GPU needs, from the shapes alone: nothing is compiled.
 
         What each device of a mesh or a TPU needs is `djax.plan.plan`'s to say.
+
+        Raises:
+            ValueError: names the argument, what came and what is allowed.
         """
         from djax.plan.memory import estimate_device_memory
 
+        asked = Sampling(recipe=recipe, block_length=block_length)
         return estimate_device_memory(
             self.config, batch=batch, canvas_length=canvas_length,
-            block_length=check_block_length(self.config, block_length),
-            recipe=default_for(self.config) if recipe is None else recipe,
+            block_length=check_block_length(self.config, asked.block_length),
+            recipe=default_for(self.config) if asked.recipe is None else asked.recipe,
             parameter_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)))
 
     def _prepare(
@@ -297,3 +312,7 @@ class DiffusionLM(LoadedModel):
         call = self.resolve(sampling)
         count = check_lengths(self.config, rows, max_new_tokens=max_new_tokens, least=1)
         return call, call.canvas(rows, max_new_tokens=count, align=align)
+
+
+def _check_watch(watch: Watch | None) -> None:
+    check_methods("watch", watch, "__call__", advice="it is called with a djax.Generation")

@@ -121,6 +121,29 @@ def check_choice(
     raise ArgumentError(name, shown(value), allowed=", ".join(allowed), advice=advice)
 
 
+def check_flag(name: str, value: Any, *, optional: bool = False) -> Any:
+    """`value`, if it is True or False, or None where that is `optional`; "no" and 1 are none.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if isinstance(value, bool | np.bool_) or (optional and value is None):
+        return value
+    raise ArgumentError(name, shown(value), allowed="True, False or None" if optional else "True or False")
+
+
+def check_methods(name: str, value: Any, *methods: str, advice: str) -> Any:
+    """`value`, if it is None or can be called by all of these methods' names.
+
+    Raises:
+        ArgumentError: it cannot.
+    """
+    if value is None or all(callable(getattr(value, method, None)) for method in methods):
+        return value
+    what = "a callable" if methods == ("__call__",) else f"an object with {' and '.join(methods)}"
+    raise ArgumentError(name, shown(value), allowed=f"{what}, or None", advice=advice)
+
+
 def _concrete(value: Any) -> np.ndarray | None:
     """The numbers of a value as an array of some dtype ("O" where it holds none); None of one that is traced."""
     jax = sys.modules.get("jax")

@@ -3,7 +3,7 @@
 A file maps a device kind to regimes, and a regime to numbers:
 
     {"default": {"decode": {"rows": 16, "source": "reasoned"}},
-     "NVIDIA H200": {"decode": {"rows": 16, "source": "measured, benchmarks/kernels.py"}}}
+     "NVIDIA H200": {"decode": {"rows": 16, "source": "measured, benchmarks.kernels"}}}
 
 A device finds the longest key that its kind starts with ("NVIDIA H200" holds for "NVIDIA H200 141GB HBM3e"), and
 what its entry does not name it takes from "default". `source` says where the numbers come from.

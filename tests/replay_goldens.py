@@ -111,6 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
         kernels = djax.Kernels(**dict(pair.split("=") for pair in given.kernels.split(",") if pair))
     except (TypeError, ValueError) as error:
         parser.error(f"--kernels: {error}")
+    for directory in given.directories:
+        for name in ("config.json", "cases.jsonl"):
+            if not (directory / name).is_file():
+                parser.exit(2, f"{parser.prog}: DIR: got {str(directory)!r}, which has no {name}\n")
     passed = failed = 0
     for directory in given.directories:
         made: dict[int, djax.DiffusionLM] = {}

@@ -1,4 +1,4 @@
-"""DESIGN's import directions and the package's public face, read from the source itself."""
+"""The rooms' import directions and the package's public face, read from the source itself."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ def test_rooms_import_from_the_floors_below(name):
 
 
 def test_the_loop_knows_no_model_and_no_flax():
-    assert not {name for name in imports(ROOT / "djax" / "loop" / "denoise.py") if name.split(".")[0] == "flax"}
+    for path in (ROOT / "djax" / "loop").rglob("*.py"):
+        assert "flax" not in roots(path), path
     for path in (ROOT / "djax" / "models").rglob("*.py"):
         assert not {name for name in imports(path) if name.startswith("djax.loop")}
 
@@ -140,9 +141,16 @@ def test_parts_know_no_sibling():
 
 
 def test_importing_djax_is_light():
-    code = "import sys, djax; print([m for m in ('torch', 'transformers', 'tunix', 'tokamax') if m in sys.modules])"
+    heavy = ("jax", "torch", "transformers", "tunix", "tokamax")
+    code = f"import sys, djax; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_an_attribute():
+    assert {"plan", "tasks", "train"} <= set(djax.__all__)
+    for name in djax.__all__:
+        assert getattr(djax, name).__name__.split(".")[-1] == name
 
 
 def test_the_api_loads_no_data_sheets():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from djax import api, cache_policies, proposals, recipes, rl, schedules, stopping, strategies, transforms
+from djax import api, cache_policies, proposals, recipes, rl, schedules, smoothing, stopping, strategies, transforms
 from djax.cli import train as cli_train
 from djax.cli.app import app
 from djax.cli.flags import RecipeFlags
@@ -31,7 +31,8 @@ WRONG_CALLS: list[dict[str, Any]] = [
     {"max_new_tokens": 1.5}, {"max_new_tokens": "8"}, {"max_new_tokens": None}, {"max_new_tokens": 0},
     {"max_new_tokens": HUGE}, {"block_length": HUGE}, {"block_length": 0}, {"block_length": 2.0},
     {"block_length": True}, {"eos_id": 150}, {"eos_id": [3, 150]}, {"eos_id": 1.5}, {"eos_id": "3"},
-    {"mask_id": -1}, {"mask_id": True}]
+    {"eos_id": "</s>"}, {"eos_id": [[3]]}, {"top_k": [3]}, {"mask_id": -1}, {"mask_id": True}, {"mask_id": "x"},
+    {"stop_on_eos": "no"}, {"align": "no"}, {"allow_special_tokens": "no"}, {"watch": "x"}]
 
 
 @pytest.mark.parametrize("call", WRONG_CALLS, ids=str)
@@ -54,9 +55,30 @@ def test_a_wrong_option_of_a_rollout_is_named(golden_lm: Any, call: dict[str, An
 def test_lengths_beyond_the_model_are_refused(golden_lm: Any) -> None:
     with pytest.raises(ArgumentError, match="prompts"):
         golden_lm.logits([[1] * (golden_lm.config.max_positions + 1)])
-    for shape in ((1, 4, HUGE), (0, 4, 4), (1, HUGE, 4), (1, 4, 1.5)):
-        with pytest.raises(ArgumentError, match="shapes"):
+    for shape in ((1, 4, HUGE), (0, 4, 4), (1, HUGE, 4), (1, 4, 1.5), (1, 4), ([1, 2], 4, 8), "abc", 1):
+        with pytest.raises(ArgumentError, match="shapes: got "):
             golden_lm.warmup([shape])
+    for shapes in ((1, 4, 8), None, "abc", 5):
+        with pytest.raises(ArgumentError, match="shapes: got "):
+            golden_lm.warmup(shapes)
+
+
+@pytest.mark.parametrize("call", [
+    {"streamer": "x"}, {"drafts": "x"}, {"drafts": None}, {"align": "no"}, {"stop_on_eos": "no"}], ids=str)
+def test_a_wrong_option_of_a_stream_is_named_before_its_first_step(golden_lm: Any, call: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError) as error:
+        golden_lm.stream([[1, 2]], **{**CALL, **call})
+    assert error.value.name == next(iter(call))
+
+
+def test_a_wrong_watch_of_infilling_is_named(golden_lm: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^watch: got 'x'; allowed a callable, or None"):
+        golden_lm.infill([[1, 2]], [[False, True]], mask_id=150, watch="x")
+
+
+def test_a_wrong_recipe_of_an_estimate_is_named(golden_lm: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^recipe: got a str; allowed djax\.Parts"):
+        golden_lm.memory_estimate(1, 128, recipe="x")
 
 
 THRESHOLD = strategies.Threshold(0.5)
@@ -69,6 +91,13 @@ WRONG_PARTS: list[tuple[Any, dict[str, Any]]] = [
     (transforms.ForbidTokens, {"token_ids": [0.5]}), (transforms.ForbidTokens, {"token_ids": [2**31]}),
     (proposals.Sample, {"temperature": -1.0}), (proposals.Sample, {"temperature": 1e39}),
     (cache_policies.Vicinity, {"before": -4, "after": 2}), (cache_policies.Vicinity, {"after": 1.5}),
+    (strategies.Threshold, {"threshold": schedules.Linear(1.0, -0.02, minimum=7)}),
+    (strategies.Threshold, {"threshold": schedules.Constant(5.0)}),
+    (strategies.Hierarchical, {"high": schedules.Cosine(0.9, -0.1, 8)}),
+    *((smoothing.SoftTokens, {"weight": value}) for value in (1.5, -0.1, NAN, "x", True, schedules.Constant(50))),
+    (Sampling, {"mask_id": "x"}), (Sampling, {"mask_id": -1}), (Sampling, {"eos_id": []}),
+    (Sampling, {"eos_id": "</s>"}), (Sampling, {"eos_id": [3, "x"]}), (Sampling, {"stop_on_eos": "no"}),
+    (api.load, {"kernels": "x"}), (api.load, {"source": 5}),
     (stopping.OnEos, {"eos_ids": [-1]}), (schedules.Constant, {"value": NAN}),
     (schedules.Linear, {"start": NAN, "slope": 0.0}), (schedules.Linear, {"minimum": NAN, "start": 1, "slope": 0}),
     (schedules.Cosine, {"steps": 0, "start": 1.0, "end": 0.0}),
@@ -110,6 +139,7 @@ def test_numbers_of_any_library_are_taken(golden_lm: Any) -> None:
         assert dtype_name(dtype) in ("bfloat16", "float32", "float16")
     strategies.Threshold(jnp.asarray([0.1, 0.9]))
     strategies.Quota(jnp.int32(3))
+    smoothing.SoftTokens(jnp.float32(0.3))
 
 
 def test_an_array_of_prompts_is_a_batch(golden_lm: Any) -> None:

@@ -1,11 +1,13 @@
 """The bundled model, a small LLaDA-MoE that learned the tasks of `djax.tasks`, with its compressed form.
 
-`python -m djax.train.bundled` makes every file here; they are read through the same path as any checkpoint.
+`python -m djax.train.bundled` makes its files, which are read through the same path as any checkpoint. `targets` is
+apart: descriptions of GPUs as XLA's compiler takes them, for `djax.plan`.
 """
 
 from __future__ import annotations
 
 import importlib.resources
+import os
 from pathlib import Path
 
 from djax.errors import ArgumentError, shown
@@ -33,8 +35,10 @@ def resolve(source: str | Path | None) -> str | Path:
     """The directory that None ("djax:base") or "djax:NAME" stands for; anything else as it is.
 
     Raises:
-        ValueError: no bundled checkpoint has that name.
+        ValueError: no bundled checkpoint has that name, or it is no path.
     """
     if source is None:
         return path()
+    if not isinstance(source, str | os.PathLike):
+        raise ArgumentError("source", shown(source), allowed="a directory, a hub id or None")
     return path(source.removeprefix(PREFIX)) if isinstance(source, str) and source.startswith(PREFIX) else source

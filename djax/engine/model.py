@@ -23,6 +23,7 @@ from djax.engine.tokenizer import Tokenizer
 from djax.engine.weights import accept
 from djax.models import Kernels, ModelDenoiser, build, kernels_on
 from djax.models.config import ModelConfig
+from djax.models.layers.kernels import check_kernels
 
 
 class LoadedModel:
@@ -45,7 +46,7 @@ class LoadedModel:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.kernels = kernels
-        self.program = Program(config, mesh=mesh, rules=rules, kernels=Kernels() if kernels is None else kernels)
+        self.program = Program(config, mesh=mesh, rules=rules, kernels=check_kernels(kernels))
         self.params = self.program.place_params(params)
 
     def __repr__(self) -> str:

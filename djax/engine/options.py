@@ -13,7 +13,7 @@ from djax import recipes
 from djax.contracts import answers
 from djax.contracts.canvas import Canvas
 from djax.contracts.types import Filter, Propose, StopRule
-from djax.errors import ArgumentError, check_choice, check_integer, check_number, shown
+from djax.errors import ArgumentError, check_choice, check_flag, check_integer, check_number, shown
 from djax.loop.state import Parts
 from djax.models.config import DTYPES, ModelConfig
 from djax.parts.proposals import LARGEST_TEMPERATURE, Greedy, RefuseToken, Sample
@@ -77,7 +77,7 @@ class Sampling:
         if self.recipe is not None and not isinstance(self.recipe, Parts):
             raise ArgumentError("recipe", f"a {type(self.recipe).__name__}", allowed="djax.Parts",
                                 advice="such as djax.recipes.dinfer()")
-        for name in ("block_length", "temperature", "top_k", "top_p", "min_p", "guidance"):
+        for name in ("block_length", "temperature", "top_k", "top_p", "min_p", "guidance", "mask_id", "stop_on_eos"):
             object.__setattr__(self, name, _scalar(name, getattr(self, name)))
         check_integer("block_length", self.block_length, 1, optional=True)
         # above, noise times temperature could overflow; below float32's smallest normal number, 0 is meant
@@ -86,6 +86,10 @@ class Sampling:
         check_number("top_p", self.top_p, 0.0, 1.0, above=True, optional=True)
         check_number("min_p", self.min_p, 0.0, 1.0, optional=True)
         check_number("guidance", self.guidance, -1.0, optional=True)
+        check_integer("mask_id", self.mask_id, optional=True)
+        if self.eos_id is not None:
+            object.__setattr__(self, "eos_id", _plain_ids("eos_id", self.eos_id))
+        check_flag("stop_on_eos", self.stop_on_eos, optional=True)
 
     @classmethod
     def of(cls, call: str, record: Sampling | None, given: Mapping[str, Any], **defaults: Any) -> Sampling:
@@ -128,7 +132,7 @@ class Call:
         blocks = self.config.block_length is not None
         return Canvas.from_prompts(
             rows, max_new_tokens=max_new_tokens, block_length=self.block_length, mask_id=self.mask_id,
-            pad_id=self.config.pad_id, align=align or blocks, whole_blocks=blocks)
+            pad_id=self.config.pad_id, align=check_flag("align", align, optional=True) or blocks, whole_blocks=blocks)
 
     def canvas_with_gaps(self, rows: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> Canvas:
         """Rows in which some positions are to be filled in."""
@@ -158,7 +162,7 @@ def resolve(sampling: Sampling, config: ModelConfig, *, vocab_limit: int, gaps: 
     answers.check_model(recipe.cache_policy, architecture=config.architecture, model_block_length=config.block_length,
                         block_length=block_length, gaps=gaps)
     mask_id, eos_ids = resolve_ids(sampling, config)
-    stop = not gaps if sampling.stop_on_eos is None else bool(sampling.stop_on_eos)
+    stop = not gaps if sampling.stop_on_eos is None else sampling.stop_on_eos
     without_eos = gaps and not stop
     banned = ([] if recipe.mask_token == "refuse" else [mask_id]) + [*(eos_ids if without_eos else ())]
     rules = ([] if recipe.stop_rule == Never() else [recipe.stop_rule]) + (
@@ -178,25 +182,19 @@ def resolve_ids(sampling: Sampling, config: ModelConfig) -> tuple[int, tuple[int
     Raises:
         ArgumentError: no mask id is known, or an id is outside the vocabulary.
     """
-    mask_id = config.mask_id if sampling.mask_id is None else sampling.mask_id
+    mask_id = _scalar("mask_id", config.mask_id if sampling.mask_id is None else sampling.mask_id)
     if mask_id is None:
         raise ArgumentError("mask_id", "none, neither from the checkpoint nor from its tokenizer", allowed="a token id",
                             advice="give it")
     given: Any = (config.eos_id, *config.other_eos_ids) if sampling.eos_id is None else sampling.eos_id
-    mask_id, given = jax.device_get((mask_id, given))
-    if isinstance(given, str | bytes):
-        raise ArgumentError("eos_id", shown(given), allowed="a token id, or several")
-    eos_ids = tuple(_scalar("eos_id", token) for token in (given if np.ndim(given) else [given]))
-    mask_id = _scalar("mask_id", mask_id)
-    if not eos_ids:
-        raise ArgumentError("eos_id", "an empty list", allowed="at least one id", advice="or stop_on_eos=False")
+    eos_ids = tuple(_scalar("eos_id", token) for token in (given if isinstance(given, tuple) else (given,)))
     for name, token in [("mask_id", mask_id), *(("eos_id", token) for token in eos_ids)]:
-        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < config.vocab_size:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < config.vocab_size:
             raise ArgumentError(name, shown(token), allowed=f"0 to {config.vocab_size - 1}, the model's vocabulary")
     if mask_id in eos_ids:
         raise ArgumentError("eos_id", f"{mask_id}, which is the mask id", allowed="another token",
                             advice="the mask is never generated, so nothing would stop there")
-    return int(mask_id), tuple(int(token) for token in eos_ids)
+    return mask_id, eos_ids
 
 
 def _proposal(sampling: Sampling, recipe: Parts, mask_id: int) -> Propose:
@@ -225,14 +223,23 @@ def _as_array(leaf: Any) -> Any:
     return np.float32(leaf) if isinstance(leaf, float | np.floating) else leaf
 
 
+def _plain_ids(name: str, value: Any) -> int | tuple[int, ...]:
+    """One token id or several, of any library, as Python's own."""
+    host = jax.device_get(value)
+    host = host.tolist() if isinstance(host, np.ndarray | np.generic) else host
+    if isinstance(host, str | bytes) or not isinstance(host, Sequence):
+        return int(check_integer(name, host, advice="or give several"))
+    if not host:
+        raise ArgumentError(name, "an empty list", allowed="at least one id", advice="or stop_on_eos=False")
+    return tuple(int(check_integer(name, _scalar(name, token))) for token in host)
+
+
 def _scalar(name: str, value: Any) -> Any:
     """A number of any library as Python's own; anything else as it is."""
     host = jax.device_get(value) if isinstance(value, jax.Array) else value
-    if not isinstance(host, np.ndarray | np.generic):
-        return host
-    if host.ndim:
+    if isinstance(host, list | tuple) or (isinstance(host, np.ndarray) and host.ndim):
         raise ArgumentError(name, shown(value), allowed="one number")
-    return host.item()
+    return host.item() if isinstance(host, np.ndarray | np.generic) else host
 
 
 def check_lengths(
@@ -266,6 +273,25 @@ def check_lengths(
         raise ArgumentError("num_samples", f"{samples} of {len(rows)} {name}",
                             allowed="fewer than 2**31 tokens in all", advice="sample in several calls")
     return count
+
+
+def check_warmup(config: ModelConfig, shapes: Any) -> list[tuple[int, int, int]]:
+    """The (batch, prompt length, max_new_tokens) of each call that is to come.
+
+    Raises:
+        ArgumentError: something else, or lengths beyond the model's positions.
+    """
+    advice = "each is (batch, prompt length, max_new_tokens)"
+    try:
+        triples = [(_scalar("shapes", batch), _scalar("shapes", length), _scalar("shapes", count))
+                   for batch, length, count in shapes]
+    except (TypeError, ValueError):
+        raise ArgumentError("shapes", shown(shapes), allowed="a list of three integers each", advice=advice) from None
+    for batch, length, count in triples:
+        check_integer("shapes", batch, 1, advice=advice)
+        check_integer("shapes", length, 0, config.max_positions, advice=advice)
+        check_integer("shapes", count, 1, config.max_positions - length, advice=advice)
+    return triples
 
 
 def check_block_length(config: ModelConfig, block_length: Any) -> int:

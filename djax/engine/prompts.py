@@ -11,7 +11,7 @@ import numpy as np
 from djax.devices.distributed import share, spans_processes
 from djax.engine.program import Program
 from djax.engine.tokenizer import Tokenizer
-from djax.errors import ArgumentError, shown
+from djax.errors import ArgumentError, check_flag, shown
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or a conversation (a list of {"role", "content"})."""
@@ -30,6 +30,7 @@ def encode_prompts(
         ValueError: an empty batch, an id outside the vocabulary, something that is no prompt, or text
             for a model without a tokenizer.
     """
+    check_flag("allow_special_tokens", allow_special_tokens)
     prompts = jax.device_get(prompts) if isinstance(prompts, jax.Array) else prompts
     batch: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
     if not batch:

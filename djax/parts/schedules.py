@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,9 @@ class Constant:
     """A value that stays the same at every step."""
 
     value: float | Float[Array, ""]
+
+    bounds: ClassVar[tuple[str, ...]] = ("value",)
+    """Fields that bound the values, or infinity."""
 
     def __post_init__(self) -> None:
         check_number("value", self.value)
@@ -39,12 +43,14 @@ class Linear:
     minimum: float | Float[Array, ""] = -jnp.inf
     maximum: float | Float[Array, ""] = jnp.inf
 
+    bounds: ClassVar[tuple[str, ...]] = ("minimum", "maximum")
+
     def __post_init__(self) -> None:
         check_number("start", self.start)
         check_number("slope", self.slope)
         for name in ("minimum", "maximum"):
             bound = getattr(self, name)
-            if not (isinstance(bound, float | np.floating) and math.isinf(bound)):
+            if not _is_infinite(bound):
                 check_number(name, bound)
 
     def __call__(self, step: Int[Array, " B"]) -> Float[Array, " B"]:
@@ -60,6 +66,8 @@ class Cosine:
     start: float | Float[Array, ""]
     end: float | Float[Array, ""]
     steps: float | Float[Array, ""]
+
+    bounds: ClassVar[tuple[str, ...]] = ("start", "end")
 
     def __post_init__(self) -> None:
         check_number("start", self.start)
@@ -79,3 +87,22 @@ Schedule = Constant | Linear | Cosine
 def as_schedule(value: float | Float[Array, ""] | Schedule) -> Schedule:
     """A number becomes a `Constant`; a schedule stays itself."""
     return value if isinstance(value, Constant | Linear | Cosine) else Constant(value)
+
+
+def check_unit(name: str, value: float | Float[Array, ""] | Schedule) -> None:
+    """Check that a number lies in [0, 1], or that what bounds a schedule does.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    if not isinstance(value, Schedule):
+        check_number(name, value, 0.0, 1.0)
+        return
+    for field in value.bounds:
+        bound = getattr(value, field)
+        if not _is_infinite(bound):
+            check_number(name, bound, 0.0, 1.0, advice=f"it is the {field} of the schedule")
+
+
+def _is_infinite(bound: float | Float[Array, ""]) -> bool:
+    return isinstance(bound, float | np.floating) and math.isinf(bound)

@@ -1,7 +1,7 @@
 """Recipes: named choices of parts, as the papers publish them; one file a paper.
 
 A recipe is data: `recipe.replace(cache_policy=...)` swaps a part. Temperature, forbidden tokens and
-stopping belong to the call, not to the recipe.
+stopping belong to the call, not to the recipe. `settings` reads recipes and parts from texts, for the command line.
 """
 
 from __future__ import annotations

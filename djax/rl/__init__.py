@@ -2,7 +2,7 @@
 
     r = rollout(lm, prompts, key=0, num_samples=8)
     states = trace_states(r)                                          # or masked_states(r, key, scheme=...)
-    log_probs = score(graphdef, params, r, states)                    # [B, T], differentiable in params
+    log_probs = score(lm.denoiser, params, r, states)                 # [B, T], differentiable in params
     lm.update_params(params)
 """
 

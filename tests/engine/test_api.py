@@ -302,7 +302,7 @@ def test_memory_is_estimated_before_compiling(bundled):
 
 
 def test_memory_is_estimated_as_a_plan_does(bundled):
-    """One answer to one question; tests/test_plan.py compares it with the compilers'."""
+    """One answer to one question; tests/plan/test_plan.py compares it with the compilers'."""
     from djax.plan import plan
 
     planned = plan(bundled.config, topology="h200:1", batch=8, prompt_length=192, max_new_tokens=320, block_length=64,

@@ -67,3 +67,10 @@ def test_the_command_notices_a_difference(tmp_path, capsys):
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (case, wrong, slow)))
     assert main([str(tmp_path)]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 2 failed"
+
+
+def test_a_directory_without_traces_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["nosuch"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "python -m tests.replay_goldens: DIR: got 'nosuch', which has no config.json\n"

@@ -66,6 +66,7 @@ POLICIES: dict[str, tuple[Any, int]] = {
 SMOOTHINGS: dict[str, tuple[Any, int]] = {
     "hard": (smoothing.HardTokens(), 0),
     "soft": (smoothing.SoftTokens(), 4),
+    "soft_number": (smoothing.SoftTokens(0.2), 1),
     "soft_constant": (smoothing.SoftTokens(Constant(0.2)), 1),
     "soft_cosine": (smoothing.SoftTokens(Cosine(0.3, 0.1, 8)), 3),
 }

@@ -6,7 +6,7 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from djax.errors import check_choice
+from djax.errors import ArgumentError, check_choice, shown
 from kernels_pallas.attention import IMPLEMENTATIONS as ATTENTION
 from kernels_pallas.moe import IMPLEMENTATIONS as MOE
 from kernels_pallas.unembed import IMPLEMENTATIONS as UNEMBED
@@ -29,6 +29,18 @@ class Kernels:
     def __post_init__(self) -> None:
         for op, names in (("moe", MOE), ("attention", ATTENTION), ("unembed", UNEMBED)):
             check_choice(op, getattr(self, op), names, optional=True, advice="pick one of them, or None for the best")
+
+
+def check_kernels(kernels: Kernels | None) -> Kernels:
+    """The kernels that were asked for; those of None are picked for every call.
+
+    Raises:
+        ArgumentError: something else.
+    """
+    if kernels is None or isinstance(kernels, Kernels):
+        return kernels or Kernels()
+    raise ArgumentError("kernels", shown(kernels), allowed="djax.Kernels, or None",
+                        advice="such as djax.Kernels(attention='xla')")
 
 
 def kernels_on(mesh: Mesh | None) -> Kernels:

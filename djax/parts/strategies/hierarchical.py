@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Key
 from djax.contracts import struct
 from djax.contracts.types import Candidates, Decision, PartState, StepInfo
 from djax.errors import check_number
-from djax.parts.schedules import Schedule, as_schedule
+from djax.parts.schedules import Schedule, as_schedule, check_unit
 from djax.parts.strategies.selection import Commits, best, masked_confidence
 
 
@@ -26,9 +26,7 @@ class Hierarchical(Commits):
 
     def __post_init__(self) -> None:
         check_number("low", self.low, 0.0, 1.0)
-        if isinstance(self.high, Schedule):
-            return
-        check_number("high", self.high, 0.0, 1.0)
+        check_unit("high", self.high)
         if isinstance(self.low, float | int) and isinstance(self.high, float | int):
             check_number("low", self.low, 0.0, self.high, advice="lower it or raise high")
 

@@ -7,8 +7,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from djax.contracts import struct
 from djax.contracts.types import Candidates, Decision, PartState, StepInfo
-from djax.errors import check_number
-from djax.parts.schedules import Schedule, as_schedule
+from djax.parts.schedules import Schedule, as_schedule, check_unit
 from djax.parts.strategies.selection import Commits, masked_confidence
 
 
@@ -22,8 +21,7 @@ class Threshold(Commits):
     threshold: float | Float[Array, ""] | Schedule = 0.9
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, Schedule):
-            check_number("threshold", self.threshold, 0.0, 1.0)
+        check_unit("threshold", self.threshold)
 
     def step(
         self, keys: Key[Array, " B"], candidates: Candidates, is_masked: Bool[Array, "B L"], info: StepInfo,
