@@ -199,7 +199,7 @@ COMMANDS: list[tuple[list[str], str]] = [
     (["generate", "hi", "--recipe", "fast_dllm", "--set", "factor=nan"], "--set factor: got nan"),
     (["infill", "a [MASK]", "--set", "strategy"], "--set: got 'strategy'; allowed PATH=VALUE"),
     (["plan", *PLAN, "--topology", "h200:8", "--set", "cache=no"], "--set cache: got 'no'; allowed true, false"),
-    (["generate", "hi", "--recipe", "os:path"], "--recipe: got 'os:path', which gives a module"),
+    (["generate", "hi", "--recipe", "os:path"], "--recipe: got 'os:path', which gives "),
     (["generate", "hi", "--steps"], "--steps: got nothing; allowed one value; give it, see 'djax generate --help'"),
     (["generate", "hi", "--json=1"], "--json: got a value; allowed no value"),
     (["generate", "hi", "--live"], "--live: got it with an output that is not a terminal"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import operator
 import sys
 from collections.abc import Collection
@@ -43,7 +42,11 @@ def build_recipe(flags: RecipeFlags) -> Recipe:
     except ArgumentError as error:
         raise error.renamed(flag_of.get(error.name) or error.name) from None
     for name in parameters:
-        _refuse_replaced(name, flags.recipe, function, parameters, made, assignments)
+        if _is_replaced(name, flags.recipe, function, parameters, made, assignments):
+            raise ArgumentError(flag_of[f"--set {name}"] or f"--set {name}",
+                                f"{parameters[name]}, a parameter of a part that other settings replace",
+                                allowed="parameters of what stays",
+                                advice=f"set it in the new part, as 'djax parts' says, or drop {name}")
     return recipe
 
 
@@ -73,27 +76,22 @@ def _assigned(recipe: Recipe, assignments: list[tuple[str, str, str]]) -> Recipe
         try:
             recipe = assign(recipe, path, text)
         except ArgumentError as error:
-            raise error.renamed(flag if flag and error.name == f"--set {path}" else error.name) from None
+            named = error.name == f"--set {path}" or flag == "--smoothing"
+            raise error.renamed(flag if flag and named else error.name) from None
     return recipe
 
 
-def _refuse_replaced(
+def _is_replaced(
     name: str, recipe: str, function: Any, parameters: dict[str, str], made: Recipe,
     assignments: list[tuple[str, str, str]],
-) -> None:
-    """Refuse a parameter that makes another recipe, of which other settings then leave nothing."""
+) -> bool:
+    """Whether a parameter makes another recipe, of which other settings then leave nothing."""
     rest = {each: text for each, text in parameters.items() if each != name}
-    if takes(function)[name].default is inspect.Parameter.empty:
-        return
     try:
         plain = _made(recipe, function, rest)
-        lost = plain != made and _assigned(plain, assignments) == _assigned(made, assignments)
+        return plain != made and _assigned(plain, assignments) == _assigned(made, assignments)
     except ArgumentError:  # the parameter is needed
-        return
-    if lost:
-        raise ArgumentError(f"--set {name}", f"{parameters[name]}, a parameter of a part that other settings replace",
-                            allowed="parameters of what stays", advice=f"set it in the new part, as 'djax parts' says, "
-                            f"or drop {name}")
+        return False
 
 
 def _short(flags: RecipeFlags, own: Collection[str]) -> list[tuple[str, str, str]]:
