@@ -140,6 +140,21 @@ def test_parts_know_no_sibling():
             assert not imports(path) & (modules - shared), path
 
 
+def test_public_names_are_there():
+    """The addresses that users have, as attributes: moves of modules change none of them."""
+    names = (
+        "load DiffusionLM denoise Canvas Generation StreamStep Kernels Result StopReason Parts Sampling "
+        "strategies.Threshold transforms.Credit cache_policies.Vicinity proposals.Sample smoothing.SoftTokens "
+        "stopping.OnEos schedules.Linear recipes.dinfer sharding.make_mesh distributed.initialize testing.check_part "
+        "struct.dataclass types.Decision rl.rollout rl.score rl.accept rl.losses.grpo_loss rl.advantages.Scale "
+        "rl.policy train.make_step train.tasks.held_out_set tasks.held_out_set plan.plan")
+    code = "import djax, djax.rl.losses, djax.rl.advantages, djax.rl.policy, operator; " \
+           f"[operator.attrgetter(name)(djax) for name in {names!r}.split()]; " \
+           "import convert, kernels_pallas as k; k.moe, k.attention, k.unembed; " \
+           "convert.load_params, convert.convert, convert.export, convert.describe"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_importing_djax_is_light():
     heavy = ("jax", "torch", "transformers", "tunix", "tokamax")
     code = f"import sys, djax; print([m for m in {heavy} if m in sys.modules])"

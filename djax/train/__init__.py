@@ -1,6 +1,6 @@
 """Training: losses of masked or block diffusion in a resumable loop on optax.
 
-Names are imported on first use.
+Names are imported on first use. `djax.train.tasks` is `djax.tasks`, by its former name.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "tasks":
+        return importlib.import_module("djax.tasks")
     if name not in __all__:
         raise AttributeError(f"module 'djax.train' has no attribute {name!r}")
     return getattr(importlib.import_module(f"djax.train.{_HOME.get(name, 'loss')}"), name)
