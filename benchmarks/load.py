@@ -163,18 +163,17 @@ def measure(directory: Path, canvas: int) -> dict[str, Any]:
 
 def machine() -> str:
     """Processor and memory of this machine."""
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-              if line.startswith("model name")]
+    from benchmarks.harness import report  # not above: what measures imports as little as it can
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    processor = models[0] if models else platform.machine()
-    return f"{processor}, {len(os.sched_getaffinity(0))} cores, {memory / 2**30:.0f} GiB"
+    return f"{report.machine()}, {memory / 2**30:.0f} GiB"
 
 
 def commit() -> str | None:
     """The commit of this checkout, if it is one."""
-    result = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None if result.returncode == 0 else None
+    from benchmarks.harness import report
+
+    return report.commit()["commit"]
 
 
 def show(result: dict[str, Any]) -> None:

@@ -250,8 +250,9 @@ class DiffusionLM(LoadedModel):
         """
         _check_watch(watch)
         run = Run(self.program, self.params, canvas, parts, guidance=guidance, key=key, row_ids=row_ids)
-        generation = functools.partial(to_generation, canvas, eos_ids=eos_ids, tokenizer=self.tokenizer, limit=limit,
-                             reasons=stop_reasons(parts.stop_rule))
+        generation = functools.partial(
+            to_generation, canvas, eos_ids=eos_ids, tokenizer=self.tokenizer, limit=limit,
+            reasons=stop_reasons(parts.stop_rule))
         return generation(run.finish(None if watch is None else lambda got: watch(generation(got))))
 
     @without_mesh()
@@ -304,7 +305,7 @@ class DiffusionLM(LoadedModel):
         align: bool = False, key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None,
         allow_special_tokens: bool = False,
     ) -> tuple[Call, Canvas]:
-        """What a call that completes prompts decodes with, and its canvas; all processes call alike."""
+        """Prepare a call that completes prompts: its parts and its canvas; all processes call alike."""
         rows = shared_prompts(
             prompts, tokenizer=self.tokenizer, program=self.program, allow_special_tokens=allow_special_tokens, call={
                 "call": name, **vars(sampling), "max_new_tokens": max_new_tokens, "align": align, "key": key,

@@ -12,7 +12,7 @@ from djax.cli.flags import RecipeFlags
 from djax.errors import ArgumentError, one_line, shown
 from djax.parts import registry
 from djax.recipes import RECIPES, Recipe
-from djax.recipes.settings import assign, make, names, takes, unknown
+from djax.recipes.settings import assign, make, names, plain, takes, unknown
 
 _NUMBERS = {"threshold": "threshold", "steps": "steps_per_block"}
 """Numbers of strategies that have a flag, and the parameter of a recipe that sets each."""
@@ -41,8 +41,8 @@ def build_recipe(flags: RecipeFlags) -> Recipe:
         recipe = _assigned(made, assignments)
     except ArgumentError as error:
         raise error.renamed(flag_of.get(error.name) or error.name) from None
-    for name in parameters:
-        if _is_replaced(name, flags.recipe, function, parameters, made, assignments):
+    for name in parameters if assignments else ():  # else nothing is replaced, and no user's function runs again
+        if _is_replaced(name, flags.recipe, function, parameters, made, recipe, assignments):
             raise ArgumentError(flag_of[f"--set {name}"] or f"--set {name}",
                                 f"{parameters[name]}, a parameter of a part that other settings replace",
                                 allowed="parameters of what stays",
@@ -51,7 +51,7 @@ def build_recipe(flags: RecipeFlags) -> Recipe:
 
 
 def _made(name: str, function: Any, parameters: dict[str, str]) -> Recipe:
-    """What the recipe's function gives; whatever a user's own raises is told under its name."""
+    """Make the recipe; whatever a user's own function raises is told under its name."""
     try:
         recipe = make(function, parameters, name="--set ") if callable(function) else function
     except ArgumentError:
@@ -82,14 +82,17 @@ def _assigned(recipe: Recipe, assignments: list[tuple[str, str, str]]) -> Recipe
 
 
 def _is_replaced(
-    name: str, recipe: str, function: Any, parameters: dict[str, str], made: Recipe,
+    name: str, of: str, function: Any, parameters: dict[str, str], made: Recipe, recipe: Recipe,
     assignments: list[tuple[str, str, str]],
 ) -> bool:
-    """Whether a parameter makes another recipe, of which other settings then leave nothing."""
+    """Whether a parameter makes another recipe, of which other settings then leave nothing.
+
+    `made` is the recipe named `of` with all parameters, and `recipe` what the settings make of it.
+    """
     rest = {each: text for each, text in parameters.items() if each != name}
     try:
-        plain = _made(recipe, function, rest)
-        return plain != made and _assigned(plain, assignments) == _assigned(made, assignments)
+        without = _made(of, function, rest)
+        return without != made and _assigned(without, assignments) == recipe
     except ArgumentError:  # the parameter is needed
         return False
 
@@ -125,10 +128,9 @@ def _split(setting: str) -> tuple[str, str, str]:
 def _function(name: str) -> Any:
     """A recipe's function by name, or what module:function names; looked for in the working directory too."""
     if ":" not in name:
-        plain = name.strip().lower().replace("-", "_")
-        if plain not in RECIPES:
+        if plain(name) not in RECIPES:
             raise unknown("--recipe", name, RECIPES)
-        return RECIPES[plain]
+        return RECIPES[plain(name)]
     module, _, function = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")

@@ -85,6 +85,5 @@ def _vicinity(before: int, after: int, warmup: int | Int[Array, ""], cache: bool
 
 
 def _soft(weight: Number | None) -> Smoothing:
-    if weight is not None:
-        check_number("smoothing", weight, 0.0, 1.0)
+    check_number("smoothing", weight, 0.0, 1.0, optional=True)
     return HardTokens() if weight is None else SoftTokens(Linear(0.15, 0.02, maximum=weight))

@@ -15,6 +15,5 @@ def llada(*, steps_per_block: int | Int[Array, ""] | None = None) -> Recipe:
     Args:
         steps_per_block: denoising steps per block; None is one token per step, the reference quality.
     """
-    if steps_per_block is not None:
-        check_integer("steps_per_block", steps_per_block, 1)
+    check_integer("steps_per_block", steps_per_block, 1, optional=True)
     return Recipe(strategy=Quota() if steps_per_block is None else Quota(steps_per_block))

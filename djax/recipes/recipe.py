@@ -1,4 +1,4 @@
-"""What every recipe is."""
+"""The type of every recipe."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from djax.parts import registry
 T = TypeVar("T")
 
 
-def _plain(kind: Callable[[str], T]) -> Callable[[str], T]:
+def _ascii(kind: Callable[[str], T]) -> Callable[[str], T]:
     """Read numbers as they are written everywhere: Python's own readers take 1_000 and digits of other scripts too."""
 
     def read(word: str) -> T:
@@ -38,12 +38,12 @@ def _plain(kind: Callable[[str], T]) -> Callable[[str], T]:
 _SCALARS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     type(None): ("none", lambda word: {"none": None}[word.lower()]),
     bool: ("true, false", lambda word: {"true": True, "false": False}[word.lower()]),
-    int: ("an integer", _plain(int)), float: ("a number", _plain(float)), str: ("a text", str)}
+    int: ("an integer", _ascii(int)), float: ("a number", _ascii(float)), str: ("a text", str)}
 """How a text is read, in the order in which it is tried."""
 
 
 class Taken(NamedTuple):
-    """What a parameter of a recipe, or a field of a part, takes."""
+    """The values that a parameter of a recipe, or a field of a part, takes."""
 
     hint: Any
     default: Any
@@ -69,7 +69,7 @@ class Taken(NamedTuple):
 
     def struct(self, text: str) -> type | None:
         """The part or schedule that a text names, with or without numbers after a colon."""
-        return self.structs.get(text.partition(":")[0].strip().lower().replace("-", "_"))
+        return self.structs.get(plain(text.partition(":")[0]))
 
     @property
     def literals(self) -> tuple[Any, ...]:
@@ -96,7 +96,7 @@ class Taken(NamedTuple):
 
 
 def takes(target: Any) -> dict[str, Taken]:
-    """What can be given by name to a recipe's function or a part's class."""
+    """List what can be given by name to a recipe's function or a part's class."""
     if not callable(target):
         return {}
     try:
@@ -153,6 +153,11 @@ def assign(part: T, path: str, text: str, *, name: str = "--set ") -> T:
         raise ArgumentError(f"{name}{path}", f"a field of {shown(present)}", allowed="fields of parts and schedules",
                             advice=f"set {first} itself")
     return _named(lambda: dataclasses.replace(part, **{first: value}), name, taken)  # type: ignore[type-var]
+
+
+def plain(word: str) -> str:
+    """A name as it stands in tables: `Local-Leap` is local_leap."""
+    return word.strip().lower().replace("-", "_")
 
 
 def unknown(name: str, word: str, allowed: Iterable[str]) -> ArgumentError:
@@ -227,7 +232,7 @@ def _pairs(text: str, name: str) -> dict[str, str]:
 
 
 def _named(call: Callable[[], T], name: str, taken: Mapping[str, Taken]) -> T:
-    """What a call gives; in its errors `name` stands before what it takes."""
+    """Call; in the errors `name` stands before what is taken."""
     try:
         return call()
     except ArgumentError as error:

@@ -107,9 +107,9 @@ def _check_rows(axis: str, part: Any, function: Callable[..., Any], given: tuple
 def _check_reading(axis: str, part: Any) -> None:
     """Compare candidates by logits with those by a reading, over the steps of a block."""
     transform, propose = (part, Greedy()) if axis == "transform" else (Identity(), part)
-    states = [transform.init(_BATCH, LENGTH)] * 2
+    states, both_ways = [transform.init(_BATCH, LENGTH)] * 2, jax.jit(_both_ways)
     for seed in (0, 1, 0):
-        expected, got, states = jax.jit(_both_ways)(
+        expected, got, states = both_ways(
             transform, propose, states, *_given("transform", seed=seed), *_given("propose", seed=seed)[::2])
         differ = [field.name for field in dataclasses.fields(Candidates) if not np.allclose(
             getattr(got, field.name), getattr(expected, field.name), rtol=1e-4, atol=1e-5, equal_nan=True)]
@@ -144,7 +144,7 @@ def _read(transform: Any, state: Any, logits: Any, tokens: Any, noise: Noise | N
 
 
 def _two_steps(axis: str, part: Any, *given: Any) -> Any:
-    """What a part gives in two steps from a fresh state."""
+    """Take two steps of a part from a fresh state."""
     batch = next(leaf.shape[0] for leaf in jax.tree.leaves(given) if leaf.ndim)
     first, state = call(axis, part, first_state(axis, part, batch), *given)
     return first, call(axis, part, state, *given)
