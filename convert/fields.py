@@ -145,7 +145,7 @@ class Fields:
         return plain
 
     def common(self, *, own_mask_id: int | None = None) -> dict[str, Any]:
-        """What all families have but the tokens that end and pad, by djax's name.
+        """Read what all families have but the tokens that end and pad, by djax's name.
 
         A file without a mask id means `own_mask_id`, if the vocabulary holds that, else none.
         """

@@ -81,7 +81,7 @@ class HuggingFaceCheckpoint:
     config: ModelConfig
     reader: SafetensorsReader
     abstract: nnx.State
-    """Of the configuration's parameters, without a sharding."""
+    """Shapes of the configuration's parameters, without a sharding."""
     filling: Filling
 
     @property

@@ -51,7 +51,7 @@ def shown(value: object) -> str:
 
 
 def first_line(error: BaseException, longest: int = 300) -> str:
-    """What an error of a library says, without what follows its first line; its type's name if it says nothing."""
+    """The first line of a library's error; its type's name if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:longest]
 
 

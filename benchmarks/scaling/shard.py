@@ -25,7 +25,7 @@ class LoneShard(Parallel):
     """Takes the device's own terms and parts for those of the mesh, which is not there: no collectives."""
 
     sizes: tuple[tuple[str, int], ...]
-    """Of the mesh's axes."""
+    """Sizes of the mesh's axes."""
 
     def size(self, axes: Axes) -> int:
         return math.prod(dict(self.sizes)[axis] for axis in axes)

@@ -20,7 +20,7 @@ _FRAME_SECONDS = 1 / 15
 _LEAST_LINES = 3
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
     127: "\N{SYMBOL FOR DELETE}"} | dict.fromkeys(range(128, 160), "\N{REPLACEMENT CHARACTER}")
-"""What control characters (Cc) are shown as."""
+"""Glyphs in place of control characters (Cc)."""
 
 
 def printable(text: str) -> str:

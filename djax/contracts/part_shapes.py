@@ -70,9 +70,9 @@ METHODS = {
     "strategy": ("reopens", "max_steps", "init", "step"), "cache_policy": ("exact", "window_length", "window"),
     "transform": ("init", "step"), "propose": ("step",), "smoothing": ("soft", "step"),
     "stop_rule": ("reasons", "step", "ends", "fill")}
-"""What a part of each axis must have."""
+"""Methods that a part of each axis must have."""
 _READING_METHODS = {"transform": ("step_reading",), "propose": ("noise", "read")}
-"""What it must have besides if it says `needs_logits = False`."""
+"""Methods that it must have besides if it says `needs_logits = False`."""
 
 
 def _kind(leaf: Any) -> type | tuple[tuple[int, ...], str]:
@@ -99,7 +99,7 @@ def _problem(axis: str, structure: Any, kinds: tuple[Any, ...]) -> str | None:
 
 
 def call(axis: str, part: Any, state: Any, *given: Any) -> tuple[Any, Any]:
-    """What a part gives for `arguments(axis, ...)` of these shapes, and its next state."""
+    """Call a part with `arguments(axis, ...)` of these shapes: what it gives, and its next state."""
     if axis in ("strategy", "transform"):
         return part.step(*given, state)
     if axis == "cache_policy":
@@ -131,7 +131,7 @@ def arguments(axis: str, batch: int) -> tuple[Any, ...]:
 
 
 def _traced(axis: str, part: Any, batch: int) -> tuple[Any, str | None]:
-    """What the part gives, and how its next state differs from the one that the loop carries."""
+    """Trace the part: what it gives, and how its next state differs from the one that the loop carries."""
     before = jax.eval_shape(lambda part: first_state(axis, part, batch), part)
     given, after = jax.eval_shape(functools.partial(call, axis), part, before, *arguments(axis, batch))
     return given, _changed("step", "a state", "init", before, after)

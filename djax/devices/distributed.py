@@ -206,7 +206,7 @@ def _message(failure: Exception | None) -> str | None:
 
 
 def _tell(own: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What every process tells the others about its value, in their order."""
+    """Exchange what every process tells the others about its value, in their order."""
     room = np.zeros(_LONGEST_TELLING, np.uint8)
     text = json.dumps(own, ensure_ascii=False).encode()
     room[: len(text)] = np.frombuffer(text, np.uint8)

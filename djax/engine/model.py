@@ -105,5 +105,5 @@ class LoadedModel:
         return full_logits(self.program, self.params, rows)
 
     def resolve(self, sampling: Sampling, *, gaps: bool = False) -> Call:
-        """What a call's sampling comes to here, see `djax.engine.options.resolve`."""
+        """Resolve a call's sampling for this model, see `djax.engine.options.resolve`."""
         return resolve(sampling, self.config, vocab_limit=self.vocab_limit, gaps=gaps)

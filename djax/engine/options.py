@@ -116,7 +116,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What a `Sampling` comes to with a model."""
+    """A `Sampling` resolved for a model."""
 
     config: ModelConfig
     parts: Parts
@@ -142,7 +142,7 @@ class Call:
 
 
 def resolve(sampling: Sampling, config: ModelConfig, *, vocab_limit: int, gaps: bool = False) -> Call:
-    """What one call decodes with.
+    """Resolve a `Sampling` for a model: the parts and ids that one call decodes with.
 
     The mask id (unless the recipe refuses it instead) and the vocabulary's padding are dropped before anything else
     sees the logits; so are EOS ids where they do not stop a row that has tokens behind its gaps.

@@ -169,7 +169,7 @@ class Program:
         return jax.tree.map(shaped, arguments, jax.tree.broadcast(specs, arguments))
 
     def _in_specs(self, kinds: Sequence[Specs], denoiser: Denoiser, params: Params, *rest: Any) -> tuple[Specs, ...]:
-        """Of a program's arguments; `kinds` are those of the rest."""
+        """Splits of a program's arguments; `kinds` are those of the rest."""
         params_spec = jax.tree.unflatten(
             jax.tree.structure(params), [sharding.spec for sharding in jax.tree.leaves(self.param_shardings)])
         return self._row_specs(denoiser), params_spec, *(

@@ -29,7 +29,7 @@ def arguments(
     program: Program, params: Params, canvas: Canvas, parts: Parts, *, guidance: float | None = None,
     key: int | Key[Array, ""] = 0, row_ids: Sequence[int] | None = None,
 ) -> tuple[Denoiser, Params, Canvas, Key[Array, ""], Parts, Int[Array, " B"]]:
-    """What the jitted functions of a program take, placed on its devices: these may need more rows than `canvas` has.
+    """Place the arguments of a program's jitted functions on its devices: these may need more rows than `canvas` has.
 
     Args:
         program: of the model.
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def mesh(self) -> Mesh | None:
-        """Of the program."""
+        """The program's mesh."""
         return self._program.mesh
 
     @property

@@ -122,7 +122,7 @@ class Progress(NamedTuple):
     """The host's view of a state between two stretches: whole on every device, in buffers of its own."""
 
     result: Result
-    """Of a state that may not be finished."""
+    """The result of a state that may not be finished."""
     done: Bool[Array, " B"]
     block: Int[Array, ""]
     iterations: Int[Array, ""]

@@ -22,7 +22,7 @@ LLADA2_BLOCK_LENGTH = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What every family has. A family adds what only it computes with, and its name.
+    """Fields of every family. A family adds what only it computes with, and its name.
 
     The letters are the axis names of the arrays: V vocabulary, D model width, N layers, H heads,
     G key/value heads, K head width, E experts, F expert width.
@@ -71,7 +71,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeedForward:
-    """What stands behind a layer's attention, in numbers; 0 for what there is not."""
+    """Sizes of what stands behind a layer's attention; 0 for what there is not."""
 
     dense_size: int = 0
     """Width of what every position goes through: a dense block, or shared experts."""

@@ -145,7 +145,7 @@ class RefuseToken:
 def reading_of(
     logits: Logits, tokens: Int[Array, "B L"], *, kept: Logits | None = None, noise: Noise | None = None
 ) -> Reading:
-    """What a head asked for `tokens` would say of these logits.
+    """Read logits as a head does that is asked for `tokens`.
 
     The draw is from `kept`, in which filters set logits of improbable tokens to -inf; without noise it is the best.
     """

@@ -1,4 +1,4 @@
-"""What a compiled module's text says about its collectives and kernels: kind, size, and the loop that holds them.
+"""Collectives and kernels of a compiled module, from its text: kind, size, and the loop that holds them.
 
 The text is that of `jax.stages.Compiled.as_text()`, for CPUs, GPUs and TPUs. They spell one thing in several ways: a
 collective is an instruction of its own, a pair `-start` and `-done`, or sits in a fusion that runs as one kernel; a
@@ -40,11 +40,11 @@ class Collective:
     nbytes: int
     """The whole array on one device: what is summed, what is gathered, what is there before it is scattered."""
     shapes: tuple[str, ...]
-    """Of the results, such as "bf16[96,2048]"; several if XLA combined several collectives."""
+    """Shapes of the results, such as "bf16[96,2048]"; several if XLA combined several collectives."""
     group: int
     """Devices that exchange with each other."""
     scope: str
-    """Where it was traced: the names of scopes, separated by slashes."""
+    """Scopes in which it was traced, separated by slashes."""
 
     @property
     def layer(self) -> int | None:
@@ -70,7 +70,7 @@ class Loop:
     trips: int | None
     """How often it runs, where the compiler knows."""
     instructions: int
-    """Of this body and of what it calls, inner loops included."""
+    """Number in this body and in what it calls, inner loops included."""
     inner: tuple[Loop, ...]
     """Loops inside, in the order in which they run."""
     collectives: tuple[Collective, ...]

@@ -44,7 +44,7 @@ class Machine:
     memory_bytes: float
     """Bytes that a program may use."""
     bytes_per_second: float
-    """Of the device's memory."""
+    """In the device's memory."""
     flops_per_second: float
     """Dense bfloat16 products, accumulated in float32."""
     links: tuple[Link, ...]

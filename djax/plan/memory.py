@@ -1,4 +1,4 @@
-"""What a generation needs on one device in bytes, from the shapes alone."""
+"""Bytes that a generation needs on one device, from the shapes alone."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class StepPlan:
     """That it computes, in all."""
     flops: float
     bytes: float
-    """Of the device's memory."""
+    """In the device's memory."""
     compute_seconds: float
     exchange_seconds: float
     collectives: Mapping[str, Any] | None = None

@@ -203,7 +203,7 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def _argument_error(detail: ErrorDetails) -> ArgumentError:
-    """What pydantic found, in the four parts of every message."""
+    """Say what pydantic found, in the four parts of every message."""
     kind, place = detail["type"], detail["loc"]
     name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place).removeprefix(".")
     if kind == "value_error":  # raised by a section about its fields together

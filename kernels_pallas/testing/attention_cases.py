@@ -26,7 +26,7 @@ class Case:
     window_start: int | None = None
     block_origin: int = 0
     scale: float = 1.0
-    """Of queries and keys: scores grow with its square."""
+    """Factor of queries and keys: scores grow with its square."""
 
 
 CASES = (

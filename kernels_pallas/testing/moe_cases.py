@@ -44,7 +44,7 @@ CASES = (
 )
 
 BLOCKS: dict[str, Any] = {"experts": 4, "width": 128, "model": 128, "dtype": "bfloat16"}
-"""What kernels of fixed tiles take, and an interpreter can bear."""
+"""Cases that kernels of fixed tiles take, and an interpreter can bear."""
 KERNEL_CASES = (
     Case(name="one_row", rows=1, slots=2, **BLOCKS),
     Case(name="rows_no_multiple_of_the_block", rows=21, slots=2, **BLOCKS),

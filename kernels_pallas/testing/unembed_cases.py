@@ -37,7 +37,7 @@ class Case:
     ties: tuple[int, ...] = ()
     """Ids that share the best row of the head."""
     poison: tuple[tuple[int, float], ...] = ()
-    """What stands first in rows of `hidden`."""
+    """Values that stand first in rows of `hidden`."""
     bad_id: int | None = None
     """An id whose row of the head holds a NaN."""
     first_id: int = 0

@@ -18,7 +18,7 @@ FLOATS = (
 
 
 def call_of(hidden: Any, head: Any, **options: Any) -> Call:
-    """What an implementation takes, from the op's arguments."""
+    """Make what an implementation takes from the op's arguments."""
     blank = Call(hidden, head, None, None, None, None, None, None, False, False, 0)  # type: ignore[arg-type]
     return complete(blank._replace(**options))
 

@@ -18,10 +18,10 @@ from kernels_pallas import attention
 
 
 class Place(TypedDict):
-    """Where a window of W positions stands on its canvas of T."""
+    """Place of a window of W positions on its canvas of T."""
 
     rotation: Rotation
-    """What queries and keys are turned by at the window's positions."""
+    """Rotation of queries and keys at the window's positions."""
     key_mask: Bool[Array, "B T"] | Bool[Array, "B W T"]
     """Positions that are seen by all, or by each."""
     window_start: Int[Array, ""]

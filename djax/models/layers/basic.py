@@ -1,4 +1,4 @@
-"""What the families share: contractions, RMSNorm, a dense block and rotary positions."""
+"""Operations that the families share: contractions, RMSNorm, a dense block and rotary positions."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from kernels_pallas import moe, top_k_route
 from kernels_pallas.moe.router import top_k_short
 
 TINY = 1e-20
-"""What LLaDA2's own code adds to a sum of scores before it divides by it."""
+"""Added to a sum of scores before the division by it, as in LLaDA2's own code."""
 
 Choice = tuple[Int[Array, "M k"], Float[Array, "M k"]]
 """Expert ids of each row, the best first, and their weights in float32."""

@@ -1,4 +1,4 @@
-"""What the families have in common around their layers: embedding, cache, final norm, head and its readings."""
+"""The trunk around a family's layers: embedding, cache, final norm, head and its readings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from djax.models.layers.parameters import normal, ones
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """What djax knows of a model family."""
+    """Facts about a model family."""
 
     config: type[ModelConfig]
     """Its configurations, which say whose they are."""

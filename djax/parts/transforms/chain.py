@@ -34,7 +34,7 @@ class Chain:
 
     @property
     def distribution_changes(self) -> tuple[Any, ...]:
-        """Those of all, in their order."""
+        """The changes of all, in their order."""
         return tuple(change for part in self.transforms for change in answers.distribution_changes(part))
 
     def init(self, batch: int, block_length: int) -> PartState:
@@ -59,7 +59,7 @@ class Chain:
         return Forbidden(ids=jnp.concatenate([forbidden.ids for forbidden in each]), limit=limit)
 
     def wanted_ids(self, state: PartState) -> Int[Array, "B L S"] | None:
-        """What any of them asks for."""
+        """The tokens that any of them asks for."""
         each = [answers.wanted_ids(part, own) for part, own in zip(self.transforms, state, strict=True)]
         asked = [ids for ids in each if ids is not None]
         return jnp.concatenate(asked, axis=-1) if asked else None

@@ -91,7 +91,7 @@ class Credit:
             mass=kept + jnp.where(slot, gain, 0.0))
 
     def _bonus(self, state: CreditState) -> Float[Array, "B L S"]:
-        """What each slot's token gains; 0 in an unused one."""
+        """Gain of each slot's token; 0 in an unused one."""
         return jnp.where(state.token >= 0, self.alpha * jnp.log1p(state.mass), 0.0)
 
 
